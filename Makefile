@@ -1,0 +1,43 @@
+# Every target makes what it needs in .venv and repeats only what pyproject.toml changes.
+#   make demo         train with and without clipping, print the table, draw the picture
+#   make test         the test suite, doctests included
+#   make lint         ruff and pyright
+#   make test-oldest  the test suite on the oldest supported releases
+#   make clean        remove everything that these targets made
+
+PYTHON ?= python3
+WORKERS ?= auto
+VENV := .venv
+OLDEST := .venv-oldest
+
+.PHONY: demo test lint test-oldest clean
+
+demo: $(VENV)/examples.stamp
+	$(VENV)/bin/python examples/regression.py
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/lint.stamp
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+test-oldest: $(OLDEST)/test.stamp
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS)
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist examples/output .hypothesis .pytest_cache .ruff_cache
+	find optclip tests examples -type d -name __pycache__ -exec rm -rf {} +
+
+$(VENV)/bin/python $(OLDEST)/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)
+
+# One stamp for each extra of pyproject.toml.
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(OLDEST)/%.stamp: pyproject.toml tests/oldest.txt | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[$*]'
+	touch $@

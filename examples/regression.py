@@ -1,0 +1,244 @@
+"""What clipping does to a training run that dies without it.
+
+A small Flax network learns a regression whose targets are in the hundreds, so the first
+gradients are too. With plain SGD the loss is NaN within one epoch; with a clip in front
+of the same SGD the network learns. The program prints the smallest useful use of
+optclip, trains once per rule, prints one table and draws one picture: the targets, the
+losses of every run, and what each clip measured next to its limit.
+"""
+
+import argparse
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.datasets import make_regression
+from tqdm import tqdm
+
+import optclip
+
+BATCH = 32
+
+
+class Rule(NamedTuple):
+    """A clip, what its `size` is, and its limit where the clip keeps no state."""
+
+    clip: optax.GradientTransformation
+    measured: str
+    limit: float = np.inf
+
+
+# `clip_by_value` measures nothing, so that it costs nothing: a monitor goes beside it.
+by_value = optax.chain(
+    optclip.monitor(optclip.measures.max_abs), optclip.clip_by_value(5.0)
+)
+per_unit = optclip.groupings.per_unit()
+smooth = optclip.actions.smooth()
+RULES = {
+    "none": Rule(optclip.monitor(), "norm"),
+    "clip_by_value(5)": Rule(by_value, "largest entry", limit=5.0),
+    "clip_by_norm(1)": Rule(optclip.clip_by_norm(1.0), "largest norm of a leaf"),
+    "clip_by_norm(1, per unit)": Rule(
+        optclip.clip_by_norm(1.0, grouping=per_unit), "largest norm of a unit"
+    ),
+    "clip_by_block_rms(0.1)": Rule(
+        optclip.clip_by_block_rms(0.1), "largest RMS of a leaf"
+    ),
+    "clip_by_global_norm(1)": Rule(optclip.clip_by_global_norm(1.0), "norm"),
+    "clip_by_global_norm(10, smooth)": Rule(
+        optclip.clip_by_global_norm(10.0, action=smooth), "norm"
+    ),
+}
+
+
+class Run(NamedTuple):
+    """Losses per epoch, the first before any step; what was measured per step."""
+
+    train_mse: np.ndarray
+    test_mse: np.ndarray
+    norm: np.ndarray  # of the whole gradient, before the clip
+    size: np.ndarray  # of what the rule measures
+    limit: np.ndarray
+    seconds: float
+
+    @property
+    def clipped(self) -> float:
+        """The share of the steps that were clipped."""
+        return float(np.mean(self.size > self.limit))
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first epoch that ended with a loss that is not finite."""
+        lost = ~np.isfinite(self.train_mse)
+        return int(lost.argmax()) if lost.any() else None
+
+
+def smallest() -> None:
+    """The smallest useful program: clip, descend, read what the clip saw."""
+    optimizer = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    params = {"slope": jnp.array(0.0), "offset": jnp.array(0.0)}
+    gradient = jax.grad(lambda p: (3.0 * p["slope"] + p["offset"] - 1.0) ** 2)
+    state = optimizer.init(params)
+    for _ in range(5):
+        updates, state = optimizer.update(gradient(params), state)
+        params = optax.apply_updates(params, updates)
+    for name, value in optclip.metrics(state).items():
+        print(f"{name:20} {value:.4g}")
+
+
+class Network(nnx.Module):
+    """25 ReLU units and one linear output."""
+
+    def __init__(self, features: int, rngs: nnx.Rngs):
+        he_uniform = nnx.initializers.he_uniform()
+        self.hidden = nnx.Linear(features, 25, kernel_init=he_uniform, rngs=rngs)
+        self.output = nnx.Linear(25, 1, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.output(nnx.relu(self.hidden(features)))[:, 0]
+
+
+def train(rule: Rule, features, targets, epochs: int, progress: tqdm) -> Run:
+    """Trains on the first half of the examples and tests on the second."""
+    half = len(targets) // 2
+    network, params = nnx.split(Network(features.shape[1], nnx.Rngs(0)))
+    optimizer = optax.named_chain(
+        ("gradient", optclip.monitor()),
+        ("clip", rule.clip),
+        ("sgd", optax.sgd(0.01, momentum=0.9)),
+    )
+
+    def loss(params, rows):
+        predicted = nnx.merge(network, params)(features[rows])
+        return jnp.mean((predicted - targets[rows]) ** 2)
+
+    def step(training, rows):
+        params, state = training
+        updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
+        norm = optclip.metrics(state["gradient"])["size"]
+        clip = optclip.metrics(state["clip"]).items()
+        seen = {path.split("/")[-1]: value for path, value in clip}
+        seen = norm, seen["size"], jnp.minimum(seen["limit"], rule.limit)
+        return (optax.apply_updates(params, updates), state), seen
+
+    @jax.jit
+    def losses(params):
+        return loss(params, slice(half)), loss(params, slice(half, None))
+
+    @jax.jit
+    def epoch(training, key):
+        full = half - half % BATCH  # only whole batches; which rows are left out varies
+        batches = jax.random.permutation(key, half)[:full].reshape(-1, BATCH)
+        training, seen = jax.lax.scan(step, training, batches)
+        return training, seen, losses(training[0])
+
+    training = params, optimizer.init(params)
+    keys = list(jax.random.split(jax.random.key(0), epochs))
+    curve, history = [losses(params)], []
+    epoch = epoch.lower(training, keys[0]).compile()
+    start = time.perf_counter()
+    for key in keys:
+        training, seen, after = jax.block_until_ready(epoch(training, key))
+        history.append(seen)
+        curve.append(after)
+        progress.update()
+    seconds = time.perf_counter() - start
+    return Run(*np.transpose(curve), *np.concatenate(history, axis=1), seconds)
+
+
+def print_table(runs: dict[str, Run]) -> None:
+    """Norms are of the whole gradient before the clip; seconds leave out compiling."""
+    columns = ("train MSE", "test MSE", "clipped", "median norm", "seconds")
+    print(f"\n{'rule':32}" + "".join(f"{column:>12}" for column in columns))
+    for name, run in runs.items():
+        errors = f"{run.train_mse[-1]:12.4g}{run.test_mse[-1]:12.4g}"
+        if run.diverged_at:
+            errors = f"diverged at epoch {run.diverged_at}".rjust(24)
+        norm = np.nanmedian(run.norm)
+        print(f"{name:32}{errors}{run.clipped:12.1%}{norm:12.4g}{run.seconds:12.2f}")
+
+
+def draw(targets, runs: dict[str, Run], path: pathlib.Path) -> None:
+    """The targets and the losses, and below them one panel per rule."""
+    columns = 4
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(16, 5 + 2.8 * rows), layout="constrained")
+    top, bottom = figure.subfigures(2, height_ratios=(5, 2.8 * rows), hspace=0.04)
+    layout = [["histogram", "losses"], ["box", "losses"]]
+    axes = top.subplot_mosaic(layout, width_ratios=(1, 2), height_ratios=(4, 1))
+    draw_targets(axes["histogram"], axes["box"], targets)
+    draw_losses(axes["losses"], runs)
+    bottom.suptitle("What each rule measured before it clipped")
+    for number, (name, run) in enumerate(runs.items()):
+        draw_history(bottom.add_subplot(rows, columns, number + 1), number, name, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_targets(histogram: Axes, box: Axes, targets) -> None:
+    histogram.hist(targets, bins=40, color="0.6")
+    histogram.set(title="Targets, not scaled", ylabel="examples")
+    histogram.tick_params(labelbottom=False)
+    box.boxplot(targets, orientation="horizontal", widths=0.6)
+    box.set(xlabel="target", yticks=[], xlim=histogram.get_xlim())
+
+
+def draw_losses(axes: Axes, runs: dict[str, Run]) -> None:
+    for number, (name, run) in enumerate(runs.items()):
+        if last := run.diverged_at:
+            name += f": diverged at epoch {last}"
+            end = last - 1, run.train_mse[last - 1]
+            axes.plot(*end, "X", color=f"C{number}", markersize=10, zorder=5)
+        axes.plot(run.train_mse, color=f"C{number}", label=name)
+        axes.plot(run.test_mse, color=f"C{number}", linestyle="--", alpha=0.7)
+    axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
+    axes.set_title("Losses: train solid, test dashed")
+    axes.legend(fontsize="small", loc="upper right")
+
+
+def draw_history(axes: Axes, number: int, name: str, run: Run) -> None:
+    axes.plot(run.size, color=f"C{number}", linewidth=0.7)
+    outcome = f"{run.clipped:.0%} of the steps clipped"
+    if np.isfinite(run.limit).any():
+        axes.plot(run.limit, color="black", linestyle="--")
+        label = {"xytext": (0, 4), "textcoords": "offset points"}
+        axes.annotate("limit", (0, run.limit[0]), **label)
+    if run.diverged_at:
+        outcome = f"not finite from step {np.isfinite(run.size).argmin()} on"
+    axes.set_title(f"{name}\n{outcome}", fontsize="medium")
+    axes.set(xlabel="step", ylabel=RULES[name].measured, yscale="log")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Compare clips on a regression.")
+    output = pathlib.Path(__file__).parent / "output"
+    options.add_argument("--epochs", type=int, default=100)
+    options.add_argument("--output", type=pathlib.Path, default=output)
+    chosen = options.parse_args()
+
+    print("The smallest program, after five steps:")
+    smallest()
+    features, targets = make_regression(
+        n_samples=1000, n_features=20, noise=0.1, random_state=1
+    )
+    data = jnp.asarray(features, jnp.float32), jnp.asarray(targets, jnp.float32)
+    runs = {}
+    with tqdm(total=len(RULES) * chosen.epochs, unit="epoch") as progress:
+        for name, rule in RULES.items():
+            progress.set_description(f"{name:32}")
+            runs[name] = train(rule, *data, chosen.epochs, progress)
+    print_table(runs)
+    picture = chosen.output / "regression.png"
+    draw(targets, runs, picture)
+    print(f"\nThe picture is in {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Validators whose keyword is the name in the message.
+
+    non_negative("clip_by_norm", max_norm=-1.0)
+    ValueError: clip_by_norm: max_norm must be non-negative, got -1.0.
+
+Factories call them on the numbers a user typed. Tracers and JAX arrays pass (checking
+them would wait for the device at every step); so do the schedules of `limit_like`.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def non_negative(rule: str, **named: Any) -> None:
+    """Raises unless each value is a real number >= 0; infinity is allowed."""
+    _number(rule, "non-negative", lambda value: value >= 0, **named)
+
+
+def real(rule: str, **named: Any) -> None:
+    """Raises unless each value is a real number and not NaN."""
+    _number(rule, "a number and not NaN", lambda value: True, **named)
+
+
+def limit_like(rule: str, **named: Any) -> None:
+    """Raises unless each value is a non-negative scalar or a schedule."""
+    for name, value in named.items():
+        if callable(value):
+            continue
+        if not isinstance(value, (numbers.Number, np.generic, np.ndarray, jax.Array)):
+            raise _error(
+                rule, name, "a non-negative number, array or schedule", repr(value)
+            )
+        scalar(rule, **{name: value})
+        non_negative(rule, **{name: value})
+
+
+def scalar(rule: str, **named: Any) -> None:
+    """Raises unless each value has shape (); works on tracers too."""
+    for name, value in named.items():
+        if jnp.shape(value) != ():
+            shape = jnp.shape(value)
+            raise _error(rule, name, "a scalar", f"an array of shape {shape}")
+
+
+def choice(rule: str, options: tuple[str, ...], **named: Any) -> None:
+    """Raises unless each value is one of the options."""
+    for name, value in named.items():
+        if value not in options:
+            listed = " or ".join(repr(option) for option in options)
+            raise _error(rule, name, listed, repr(value))
+
+
+def instance(rule: str, kind: type, **named: Any) -> None:
+    """Raises unless each value is of the kind, say a Measure."""
+    for name, value in named.items():
+        if not isinstance(value, kind):
+            listed = f"a {kind.__name__} of optclip"
+            raise _error(rule, name, listed, repr(value))
+
+
+def _number(rule: str, wanted: str, holds: Callable[[Any], bool], **named: Any) -> None:
+    for name, value in named.items():
+        if isinstance(value, jax.Array):
+            if not jnp.issubdtype(value.dtype, jnp.floating) and not jnp.issubdtype(
+                value.dtype, jnp.integer
+            ):
+                raise _error(rule, name, wanted, f"an array of dtype {value.dtype}")
+            continue
+        # bool is a number to Python, and `max_norm=True` is never what was meant.
+        numeric = isinstance(value, (numbers.Real, np.ndarray, np.generic))
+        numeric = numeric and np.asarray(value).dtype.kind in "iuf"
+        if not numeric:
+            raise _error(rule, name, wanted, repr(value))
+        if not all(
+            not math.isnan(v) and holds(v) for v in np.ravel(np.asarray(value)).tolist()
+        ):
+            raise _error(rule, name, wanted, str(value))
+
+
+def _error(rule: str, name: str, wanted: str, got: str) -> ValueError:
+    return ValueError(f"{rule}: {name} must be {wanted}, got {got}.")

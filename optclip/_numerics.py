@@ -1,0 +1,142 @@
+"""Arithmetic that keeps its promises in every dtype.
+
+Sizes are computed in at least float32. XLA flushes subnormal numbers to zero, so what
+matters is that no *intermediate* value leaves the normal range while the result lies in
+it: `range_of` says where a dtype's squares start to overflow or vanish, and `factors`
+splits target/size into multipliers that stay normal.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_measured(leaf: Any) -> bool:
+    """Whether a leaf has a magnitude: real or complex, and not empty.
+
+    Integers, booleans, float0 and random keys pass through every rule untouched.
+    """
+    if isinstance(leaf, (float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return (
+        dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.size(leaf) > 0
+    )
+
+
+def wide_dtype(*dtypes: Any) -> np.dtype:
+    """The real dtype, float32 or wider, in which these are measured."""
+    wide = np.dtype(np.float32)
+    for dtype in dtypes:
+        # NumPy's promotion, here and below: strict promotion in JAX would refuse.
+        wide = np.promote_types(wide, jnp.finfo(dtype).dtype)
+    return wide
+
+
+def widen(x: jax.Array, wide: Any) -> jax.Array:
+    """Casts to at least `wide`; a complex array stays complex."""
+    return x.astype(np.promote_types(x.dtype, wide))
+
+
+def for_measuring(x: jax.Array, wide: Any) -> jax.Array:
+    """The widened copy of a leaf that only its size is computed from.
+
+    XLA:CPU shares one widened copy between the measuring and the rescaling and writes
+    it to memory: 2x the gradients in temporary bytes for a bfloat16 tree. The barrier
+    keeps the two apart, so each widens inside its own loop.
+    """
+    if np.promote_types(x.dtype, wide) == x.dtype:
+        return x
+    return widen(jax.lax.optimization_barrier(x), wide)
+
+
+class Range(NamedTuple):
+    """Where squares of a dtype are safe, as powers of two."""
+
+    tiny: float  # a total below this may have lost summands to underflow
+    up: float  # units (divisors) that bring tiny and huge numbers back into range
+    down: float
+
+
+def range_of(dtype: Any) -> Range:
+    """The range of a real dtype: 2^-63, 2^-80 and 2^80 for float32."""
+    info = jnp.finfo(dtype)
+    shift = (int(info.maxexp) * 5) // 8
+    return Range(2.0 ** (int(info.minexp) // 2), 2.0**-shift, 2.0**shift)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 instead of infinity at 0."""
+    zero = x == 0
+    return jnp.where(zero, x, jnp.sqrt(jnp.where(zero, jnp.ones_like(x), x)))
+
+
+@jax.custom_jvp
+def factors(size: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors (a, b) with target = a·b·a·size, both normal numbers.
+
+    `b` alone does for every ordinary ratio, and is exactly 1 where target == size.
+    A ratio that float32 would flush (below 2^-100) is split: a = 2^-64, exactly.
+    NaN in, NaN out; size 0 gives 1.
+    """
+    info = jnp.finfo(size.dtype)
+    half = 2.0 ** -(int(info.maxexp) // 2)
+    ratio = _ratio(size, target)
+    flushed = ratio < 2.0 ** (int(info.minexp) + 26)
+    split = _ratio(jnp.where(flushed, size * half, size), target / half)
+    one = jnp.ones_like(ratio)
+    return jnp.where(flushed, half * one, one), jnp.where(flushed, split, ratio)
+
+
+@factors.defjvp
+def _factors_jvp(primals: Any, tangents: Any) -> Any:
+    # d(a·b·a) = (dtarget - ratio·dsize) / size, with a constant. Written out because
+    # differentiating the quotient squares the size, which leaves float32's range.
+    size, target = primals
+    d_size, d_target = tangents
+    out = factors(size, target)
+    change = (d_target - _ratio(size, target) * d_size) / jnp.where(
+        size == 0, jnp.ones_like(size), size
+    )
+    change = jnp.where(size == 0, jnp.zeros_like(change), change)
+    return out, (jnp.zeros_like(change), change / out[0] / out[0])
+
+
+def _ratio(size: jax.Array, target: jax.Array) -> jax.Array:
+    # 1 for a size of 0; 0 for a target of 0, also where the size is not finite.
+    plain = (size != 0) & (target != 0)
+    ratio = target / jnp.where(plain, size, jnp.ones_like(size))
+    return jnp.where(plain, ratio, (size == 0).astype(size.dtype))
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x · factor for a real factor; a complex x by parts, which mixes no infinities."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(x.real * factor, x.imag * factor)
+    return x * factor
+
+
+@jax.jit
+def scale_to(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Scales a leaf by its group's factors, in the leaf's dtype.
+
+    An unchanged group is selected, never multiplied: its bits stay, and XLA:CPU drops
+    the store when the buffer is donated. A target of zero is selected too, so that
+    `nonfinite="zero"` holds where 0·NaN would not.
+    """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(scale_to(x.real, a, b), scale_to(x.imag, a, b))
+    scaled = (widen(x, a.dtype) * a * b * a).astype(x.dtype)
+    scaled = jnp.where(b == 0, jnp.zeros_like(x), scaled)
+    return jnp.where((a == 1) & (b == 1), x, scaled)
+
+
+@jax.jit
+def resized(x: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
+    """Gives every element of x its own target size."""
+    if jnp.iscomplexobj(x):
+        return scale_to(x, *factors(size, target))
+    replaced = jnp.copysign(target, widen(x, target.dtype)).astype(x.dtype)
+    return jnp.where(target == size, x, replaced)

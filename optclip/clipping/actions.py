@@ -1,0 +1,82 @@
+"""To what size: what happens to a group, given its size and its limit.
+
+An action returns the *target size*; the engine scales the group to it. A target equal
+to the size leaves the group's bits alone.
+
+| action | target size |
+|---|---|
+| `rescale()` | min(size, limit) |
+| `rescale(div_eps)` | size · min(1, limit / (size + div_eps)) |
+| `smooth()` | size / (1 + size / limit) |
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+
+
+class Action(NamedTuple):
+    """(size, limit) to the target size; both arrays, the limit non-negative or NaN."""
+
+    target: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def rescale(div_eps: float = 0.0) -> Action:
+    """Scales a group that is over its limit down to the limit.
+
+        target = min(size, limit)                              div_eps = 0
+        target = size · min(1, limit / (size + div_eps))       div_eps > 0
+
+    Args:
+      div_eps: 0, or PyTorch's 1e-6, in the units of the size. Above 0 a group within
+        `div_eps` of its limit shrinks slightly, as it does there.
+
+    Raises:
+      ValueError: if div_eps is negative, NaN, or not a number.
+
+    >>> import jax.numpy as jnp
+    >>> print(rescale().target(jnp.array([0.5, 2.0]), jnp.array(1.0)))
+    [0.5 1. ]
+    """
+    _checks.non_negative("rescale", div_eps=div_eps)
+
+    def target(size: jax.Array, limit: jax.Array) -> jax.Array:
+        return jnp.where(size <= limit, size, limit)
+
+    def target_with_eps(size: jax.Array, limit: jax.Array) -> jax.Array:
+        padded = size + div_eps
+        return jnp.where(padded <= limit, size, limit * (size / padded))
+
+    # A traced div_eps may be anything; only a number known to be 0 takes the short way.
+    static_zero = isinstance(div_eps, (int, float)) and div_eps == 0
+    return Action(target if static_zero else target_with_eps)
+
+
+def smooth() -> Action:
+    """Shrinks every group, small ones little, large ones towards the limit.
+
+        target = size / (1 + size / limit)
+
+    Differentiable everywhere and always below both size and limit; the normalisation of
+    AUTO-S (Bu et al. 2022, arXiv 2206.07136) times the limit. An infinite limit leaves
+    a group as it is, a limit of 0 gives 0.
+
+    >>> import jax.numpy as jnp
+    >>> print(smooth().target(jnp.array([0.1, 1.0, 1e9]), jnp.array(1.0)))
+    [0.09090909 0.5        1.        ]
+    """
+
+    def target(size: jax.Array, limit: jax.Array) -> jax.Array:
+        # Both forms are the same number; the ratio of the smaller to the larger never
+        # overflows.
+        small = size <= limit
+        large = jnp.where(small, limit, size)
+        zero = large == 0
+        ratio = jnp.where(small, size, limit) / jnp.where(zero, 1, large)
+        return jnp.where(small, size, limit) / (1 + ratio)
+
+    return Action(target)

@@ -1,0 +1,204 @@
+"""`clip_by`: the one way that every composed rule goes.
+
+    updates --gather--> blocks --measure--> sizes --threshold--> limits --action-->
+    target sizes --spread--> updates'
+
+`update` reads in exactly this order. What was seen on the way, the sizes and limits,
+becomes the metrics and the threshold's next state. This is the only file that knows
+measures, groupings, thresholds and actions together.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _checks
+from optclip.clipping import blocks, metrics
+from optclip.clipping.actions import Action, rescale
+from optclip.clipping.groupings import Grouping, whole
+from optclip.clipping.measures import Measure, l2, max_abs
+from optclip.clipping.metrics import ClipMetrics
+from optclip.clipping.thresholds import Seen, Threshold
+
+
+class ClipState(NamedTuple):
+    """The state of every rule made by `clip_by`.
+
+    Attributes:
+      threshold: the threshold's state, () if it has none. For joint groupings arrays
+        over the vector of groups; for groupings within leaves a tree like the
+        parameters.
+      metrics: what the last update saw; read them with `optclip.metrics`.
+    """
+
+    threshold: Any
+    metrics: ClipMetrics
+
+
+def clip_by(
+    threshold: Threshold,
+    *,
+    measure: Measure = l2,
+    grouping: Grouping = whole(),  # noqa: B008 (an immutable tuple)
+    action: Action = rescale(),  # noqa: B008 (an immutable tuple)
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the size of every group of updates: the parts of every named rule.
+
+        size = measure(group),  limit = threshold(size),
+        group ← group · action(size, limit) / size
+
+    Args:
+      threshold: how big a group may be, one of `optclip.thresholds`.
+      measure: how big a group is, one of `optclip.measures`.
+      grouping: what is measured together, one of `optclip.groupings`.
+      action: to what size a group is scaled, one of `optclip.actions`.
+      nonfinite: what becomes of a group that holds NaN or infinity, or whose size does
+        not fit float32 (float64 for float64 leaves): `"propagate"` makes all of it NaN,
+        visible at once; `"zero"` makes all of it zero.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over: a
+        name, a tuple of names (() for none), or a tree of these that may be a prefix of
+        the updates. None reads them from the types, which is right inside `shard_map`
+        and all that is needed under `jit`; `pmap` and `check_vma=False` need names.
+
+    Returns:
+      A gradient transformation with state `ClipState`. Updates keep their dtypes,
+      shapes, shardings and tree; integers, random keys, float0, None and MaskedNode
+      pass untouched. `update(updates, None)` starts from a fresh state.
+
+    Edge cases: a group within its limit keeps its bits. Limit infinity: identity.
+    Limit 0, size 0: zeros. Limit NaN: NaN. Half precision: sizes are float32, results
+    are rounded once.
+
+    Raises:
+      ValueError: if a part is not of its kind, nonfinite is unknown, or (at init and
+        update) the parts do not fit each other or the tree.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> tx = clip_by(optclip.thresholds.constant(1.0), measure=optclip.measures.max_abs)
+    >>> updates, state = tx.update({"w": jnp.array([4.0, -2.0])}, None)
+    >>> print(updates["w"], state.metrics.size)
+    [ 1.  -0.5] 4.0
+    """
+    _checks.instance("clip_by", Threshold, threshold=threshold)
+    _checks.instance("clip_by", Measure, measure=measure)
+    _checks.instance("clip_by", Grouping, grouping=grouping)
+    _checks.instance("clip_by", Action, action=action)
+    _checks.choice("clip_by", ("propagate", "zero"), nonfinite=nonfinite)
+    if threshold.init is not None and not grouping.keeps_state:
+        raise ValueError(
+            "clip_by: threshold must have no state under per_example, whose groups are "
+            "others at every step, got one with state."
+        )
+    spoiled = jnp.nan if nonfinite == "propagate" else 0.0
+
+    if grouping.is_elementwise:
+        measure = (
+            max_abs  # of one number every size is the same; this one never overflows
+        )
+
+    @jax.jit
+    def aim(size: jax.Array, limit: jax.Array) -> jax.Array:
+        target = action.target(size, jnp.maximum(limit, 0))
+        return jnp.where(jnp.isfinite(size), target, spoiled)
+
+    def init(params: optax.Params) -> ClipState:
+        gathered = blocks.gather("clip_by", params, grouping, axis_name)
+        step = jnp.zeros((), jnp.int32)
+        state = ()
+        if threshold.init is not None:
+            # Zeros made from sizes of the parameters inherit their sharding.
+            sizes = blocks.stacked(gathered, blocks.totals(gathered, measure))
+            seen = [Seen(jnp.zeros_like(s), step, gathered.names) for s in sizes]
+            state = _pack(gathered, [threshold.init(block) for block in seen])
+        if gathered.groups:  # a bad limit is reported here, not at the first update
+            for shape, own in zip(
+                blocks.block_shapes(gathered),
+                _unpack(gathered, threshold, state),
+                strict=True,
+            ):
+                seen = Seen(jnp.zeros(shape, gathered.wide), step, gathered.names)
+                threshold.limit(own, seen)
+        return ClipState(state, metrics.start(gathered.wide))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ClipState]:
+        del extra_args
+        if state is None:
+            state = init(updates if params is None else params)
+        gathered = blocks.gather("clip_by", updates, grouping, axis_name)
+        states = _unpack(gathered, threshold, state.threshold)
+
+        def see(sizes: list[jax.Array]) -> list[Seen]:
+            step = state.metrics.steps
+            return [Seen(size, step, gathered.names) for size in sizes]
+
+        def judge(sizes: list[jax.Array]) -> list[jax.Array | None]:
+            limits = [
+                threshold.limit(own, seen)
+                for own, seen in zip(states, see(sizes), strict=True)
+            ]
+            return [x if x is None else jnp.asarray(x, gathered.wide) for x in limits]
+
+        sizes, limits = blocks.measured(gathered, measure, judge)
+        if None not in limits:  # there is something to clip to
+            limit_of = blocks.unstacked(gathered, limits)
+            targets = [aim(*pair) for pair in zip(sizes, limit_of, strict=True)]
+            updates = blocks.spread(gathered, sizes, targets)
+
+        seen = see(blocks.stacked(gathered, sizes))
+        learned = [
+            _unless_spoiled(block, own, threshold.observe(own, block, limit))
+            for block, own, limit in zip(seen, states, limits, strict=True)
+        ]
+        reduced = [block.size for block in seen]
+        if grouping.is_elementwise:
+            reduced = blocks.apart(gathered)
+        numbers = metrics.after(state.metrics, reduced, limits, grouping)
+        return updates, ClipState(_pack(gathered, learned), numbers)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unless_spoiled(seen: Seen, old: Any, new: Any) -> Any:
+    """The new state of finite groups, the old one of others; block axes come last."""
+    finite = jnp.isfinite(seen.size)
+    return jax.tree.map(lambda a, b: jnp.where(finite, b, a).astype(a.dtype), old, new)
+
+
+def _pack(gathered: blocks.Gathered, states: list[Any]) -> Any:
+    """States of blocks as kept: one, or a tree like the parameters."""
+    if not any(jax.tree.leaves(state) for state in states):
+        return ()
+    if gathered.joint:
+        return states[0]
+    kept: list[Any] = [()] * len(gathered.leaves)
+    for group, state in zip(gathered.groups, states, strict=True):
+        kept[group.members[0].index] = state
+    return jax.tree_util.tree_unflatten(gathered.treedef, kept)
+
+
+def _unpack(gathered: blocks.Gathered, threshold: Threshold, state: Any) -> list[Any]:
+    """The state of each block, by order: NNX gives `init` and `update` other trees."""
+    blocks_ = 1 if gathered.joint else len(gathered.groups)
+    if threshold.init is None:
+        return [()] * blocks_
+    if gathered.joint:
+        return [state]
+    like = threshold.init(Seen(jnp.zeros((1,)), jnp.zeros((), jnp.int32)))
+    treedef = jax.tree_util.tree_structure(like)
+    leaves, width = jax.tree_util.tree_leaves(state), treedef.num_leaves
+    if len(leaves) != width * blocks_:
+        raise ValueError(
+            f"clip_by: updates must have the measured leaves that init saw, got "
+            f"{blocks_} for a state of {len(leaves) // width}."
+        )
+    chunks = [leaves[i * width : (i + 1) * width] for i in range(blocks_)]
+    return [jax.tree_util.tree_unflatten(treedef, chunk) for chunk in chunks]

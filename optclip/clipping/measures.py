@@ -1,0 +1,128 @@
+"""How big: the magnitude of one group of elements.
+
+A measure is a monoid. `lift` turns an element into a summand, `combine` joins summands
+(within a leaf, across leaves, across devices), and `lower` turns the total of `count`
+elements into a size:
+
+    size = lower(combine(lift(x_1), ..., lift(x_n)), n)
+
+Every size is positively homogeneous, size(c·x) = c·size(x), which is what lets the
+engine measure in another unit where summands would overflow or vanish.
+
+| measure | size |
+|---|---|
+| `l2` | √Σ\\|x\\|² (default) |
+| `rms` | √(Σ\\|x\\|² / n) |
+| `l1` | Σ\\|x\\| |
+| `max_abs` | max \\|x\\| |
+| `lp(p)` | (Σ\\|x\\|^p)^(1/p) |
+
+A complex element counts by its modulus.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks, _numerics
+
+
+class Combine(NamedTuple):
+    """One associative operation: within an array, between two, across devices."""
+
+    reduce: Callable[..., jax.Array]
+    join: Callable[[jax.Array, jax.Array], jax.Array]
+    across: Callable[..., jax.Array]
+
+
+SUM = Combine(jnp.sum, jnp.add, jax.lax.psum)
+MAX = Combine(jnp.max, jnp.maximum, jax.lax.pmax)
+
+
+class Measure(NamedTuple):
+    """How big a group is; see this module's docstring for the three functions.
+
+    Attributes:
+      lift: element (real or complex, float32 or wider) to real summand.
+      combine: `SUM` or `MAX`.
+      lower: (total, count) to size; count is a Python number.
+      power: the exponent p of the summands, which decides when they overflow; None if
+        summands are as large as the size itself.
+    """
+
+    lift: Callable[[jax.Array], jax.Array]
+    combine: Combine
+    lower: Callable[[jax.Array, float], jax.Array]
+    power: float | None = None
+
+
+def _square(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+l2 = Measure(
+    lift=_square,
+    combine=SUM,
+    lower=lambda total, count: _numerics.safe_sqrt(total),
+    power=2.0,
+)
+
+rms = Measure(
+    lift=_square,
+    combine=SUM,
+    lower=lambda total, count: _numerics.safe_sqrt(total / max(count, 1)),
+    power=2.0,
+)
+
+l1 = Measure(lift=jnp.abs, combine=SUM, lower=lambda total, count: total)
+
+max_abs = Measure(lift=jnp.abs, combine=MAX, lower=lambda total, count: total)
+
+
+def lp(p: float) -> Measure:
+    """The p-norm, (Σ|x|^p)^(1/p), for any real p >= 1.
+
+    `lp(1)`, `lp(2)` and `lp(inf)` are `l1`, `l2` and `max_abs`.
+
+    Args:
+      p: a real number >= 1; `math.inf` is allowed.
+
+    Raises:
+      ValueError: if p is not a number, is NaN or is below 1.
+
+    >>> import optclip
+    >>> import jax.numpy as jnp
+    >>> print(optclip.global_norm([jnp.array([1.0, 2.0])], measure=lp(3)))
+    2.0800838
+    """
+    _checks.real("lp", p=p)
+    if p < 1:
+        raise ValueError(f"lp: p must be at least 1, got {p}.")
+    if p == 1:
+        return l1
+    if p == 2:
+        return l2
+    if p == math.inf:
+        return max_abs
+
+    power = float(p)
+
+    def lower(total: jax.Array, count: float) -> jax.Array:
+        zero = total == 0  # where the root's derivative is infinite
+        return jnp.where(zero, total, jnp.where(zero, 1, total) ** (1 / power))
+
+    return Measure(lambda x: jnp.abs(x) ** power, SUM, lower, power=power)
+
+
+def fold(join: Callable[[Any, Any], Any], values: list[Any]) -> Any:
+    """Joins a list as a balanced tree: short chains compile and round better."""
+    while len(values) > 1:
+        pairs = zip(values[::2], values[1::2], strict=False)
+        odd = values[-1:] if len(values) % 2 else []
+        values = [join(a, b) for a, b in pairs] + odd
+    return values[0]

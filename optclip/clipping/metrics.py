@@ -1,0 +1,213 @@
+"""What a clip saw, as scalars in its state, and how to read them anywhere.
+
+The numbers are those that the clip itself used, so they cost nothing: the size before
+clipping and the limit of the group furthest over its limit, the share of groups that
+were clipped, and three counters. Each block is reduced to scalars before blocks meet.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _meshes, _paths
+from optclip.clipping.groupings import Grouping
+
+
+class ClipMetrics(NamedTuple):
+    """Scalars; the same structure and dtypes from `init` on.
+
+    Attributes:
+      size: before clipping, of the group furthest over its limit (largest size/limit).
+        float32, or float64 if there are float64 leaves. NaN for `per_element`.
+      limit: of that group; infinity for no limit. NaN for `per_element`.
+      clipped_fraction: of the groups, in [0, 1], at this step. NaN for `per_element`.
+      steps: how many updates there were, int32.
+      clipped_steps: how many of them clipped at least one group, int32. (Under
+        `per_element` a step with a NaN does not count: its largest element is NaN.)
+      nonfinite_steps: how many had a group with NaN, infinity or an overflowing size.
+    """
+
+    size: jax.Array
+    limit: jax.Array
+    clipped_fraction: jax.Array
+    steps: jax.Array
+    clipped_steps: jax.Array
+    nonfinite_steps: jax.Array
+
+
+class _Summary(NamedTuple):
+    """One or more blocks, as scalars."""
+
+    ratio: jax.Array
+    size: jax.Array
+    limit: jax.Array
+    clipped: jax.Array
+    nonfinite: jax.Array
+    count: jax.Array
+
+
+def start(wide: Any) -> ClipMetrics:
+    """The metrics before the first step; every leaf its own buffer."""
+    return ClipMetrics(
+        size=jnp.zeros((), wide),
+        limit=jnp.zeros((), wide),
+        clipped_fraction=jnp.zeros((), jnp.float32),
+        steps=jnp.zeros((), jnp.int32),
+        clipped_steps=jnp.zeros((), jnp.int32),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def after(
+    old: ClipMetrics,
+    sizes: list[jax.Array],
+    limits: list[Any],
+    grouping: Grouping,
+) -> ClipMetrics:
+    """The metrics after a step that saw these sizes and limits."""
+    elementwise = grouping.is_elementwise
+    by_axes: dict[tuple[Any, ...], _Summary] = {}
+    for size, limit in zip(sizes, limits, strict=True):
+        limit = jnp.asarray(jnp.inf if limit is None else limit, size.dtype)
+        block = (_element_summary if elementwise else _summary)(size, limit)
+        axes = _meshes.varying_axes(block.size)
+        both = _worse(by_axes[axes], block) if axes in by_axes else block
+        by_axes[axes] = both
+    overall = None
+    for axes, summary in by_axes.items():
+        summary = _across(summary, axes) if axes else summary
+        overall = summary if overall is None else _worse(overall, summary)
+    steps = jnp.asarray(optax.safe_increment(old.steps))
+    if overall is None:
+        return old._replace(steps=steps)
+
+    fraction = overall.clipped / overall.count
+    unknown = jnp.full((), jnp.nan) if elementwise else None
+
+    def keep(value: jax.Array, like: jax.Array) -> jax.Array:
+        return (value if unknown is None else unknown).astype(like.dtype)
+
+    return ClipMetrics(
+        size=keep(overall.size, old.size),
+        limit=keep(overall.limit, old.limit),
+        clipped_fraction=keep(fraction, old.clipped_fraction),
+        steps=steps,
+        clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
+        nonfinite_steps=_count(old.nonfinite_steps, overall.nonfinite > 0),
+    )
+
+
+def _count(counter: jax.Array, happened: jax.Array) -> jax.Array:
+    return jnp.where(happened, optax.safe_increment(counter), counter)
+
+
+@jax.jit
+def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
+    finite = jnp.isfinite(size)
+    bound = jnp.maximum(limit, 0)
+    clipped = finite & (size > bound)
+    # Anything over a limit of 0, and anything not finite, is the furthest over.
+    endless = ~finite | (clipped & (bound == 0))
+    ratio = jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound))
+    worst = jnp.max(ratio)
+    if limit.ndim == 0:
+        size_there, limit_there = jnp.max(size), limit
+    else:
+        size_there = jnp.max(jnp.where(ratio == worst, size, -jnp.inf))
+        there = (ratio == worst) & ((size == size_there) | ~finite)
+        limit_there = jnp.max(jnp.where(there, limit, -jnp.inf))
+    return _Summary(
+        ratio=worst,
+        size=size_there,
+        limit=limit_there,
+        clipped=jnp.sum(clipped, dtype=jnp.float32),
+        nonfinite=jnp.sum(~finite, dtype=jnp.float32),
+        count=jnp.asarray(size.size, jnp.float32),
+    )
+
+
+@jax.jit
+def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
+    # As large as the leaf, and XLA:CPU writes a comparison or a selection to memory
+    # before it reduces it: so plain maxima only.
+    largest = jnp.max(size)
+    bound = jnp.maximum(limit, 0)
+    over = largest > bound if bound.ndim == 0 else jnp.max(size - bound) > 0
+    return _Summary(
+        ratio=largest,
+        size=largest,
+        limit=largest,
+        clipped=over.astype(jnp.float32),
+        nonfinite=(~jnp.isfinite(largest)).astype(jnp.float32),
+        count=jnp.ones((), jnp.float32),
+    )
+
+
+def _worse(a: _Summary, b: _Summary) -> _Summary:
+    """Two summaries as one: the worse group, the sums of the counts."""
+    second = b.ratio > a.ratio
+    wide = jnp.promote_types(a.size.dtype, b.size.dtype)
+    return _Summary(
+        ratio=jnp.maximum(a.ratio.astype(wide), b.ratio.astype(wide)),
+        size=jnp.where(second, b.size.astype(wide), a.size.astype(wide)),
+        limit=jnp.where(second, b.limit.astype(wide), a.limit.astype(wide)),
+        clipped=a.clipped + b.clipped,
+        nonfinite=a.nonfinite + b.nonfinite,
+        count=a.count + b.count,
+    )
+
+
+def _across(mine: _Summary, axes: tuple) -> _Summary:
+    """The summary of all shards: blocks that still vary over mesh axes meet here."""
+    worst = jax.lax.pmax(mine.ratio, axes)
+    here = mine.ratio == worst
+    # NaN does not compare, and collectives differ in what they make of it.
+    size = jnp.where(jnp.isnan(mine.size), jnp.inf, mine.size)
+    size_there = jax.lax.pmax(jnp.where(here, size, -jnp.inf), axes)
+    here &= size == size_there
+    limit = jax.lax.pmax(jnp.where(here, mine.limit, -jnp.inf), axes)
+    counts = jnp.stack([mine.clipped, mine.nonfinite, mine.count])
+    clipped, nonfinite, count = jax.lax.psum(counts, axes)
+    return _Summary(worst, size_there, limit, clipped, nonfinite, count)
+
+
+def metrics(opt_state: Any, separator: str = "/") -> dict[str, jax.Array]:
+    """The metrics of every clip in an optimizer state, ready for a logger.
+
+    Args:
+      opt_state: any optimizer state: of `chain`, `named_chain`, `masked`, `partition`,
+        `MultiSteps`, `inject_hyperparams`, …, or an `nnx.Optimizer`'s `opt_state`.
+      separator: between the names of a key.
+
+    Returns:
+      A flat dict `{path of the state}/{field}` of scalar arrays; the path is empty for
+      a clip that stands alone. Works inside `jit`. Empty if there is no clip.
+
+    >>> import jax.numpy as jnp, optax, optclip
+    >>> tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> params = {"w": jnp.array([3.0, 4.0])}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> for name, value in metrics(state).items():
+    ...     print(name, value)
+    0/size 5.0
+    0/limit 1.0
+    0/clipped_fraction 1.0
+    0/steps 1
+    0/clipped_steps 1
+    0/nonfinite_steps 0
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, ClipMetrics)
+    )
+    found: dict[str, jax.Array] = {}
+    for keys, node in flat:
+        if not isinstance(node, ClipMetrics):
+            continue
+        prefix = _paths.names(keys)[:-1]  # without the field that holds the metrics
+        for field, value in zip(node._fields, node, strict=True):
+            # `nnx.Optimizer` wraps every leaf in a Variable: a tree with one leaf.
+            (leaf,) = jax.tree_util.tree_leaves(value)
+            found[separator.join([*prefix, field])] = leaf
+    return found

@@ -1,0 +1,177 @@
+"""Resuming a run whose checkpoint was written with another chain.
+
+Adding a clip to a chain changes the structure of its state, and a checkpoint written
+before no longer fits. `adopt_state` moves what fits into the new structure.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _paths
+
+Path = tuple[str, ...]
+
+
+class Adopted(NamedTuple):
+    """What `adopt_state` made of two states.
+
+    Attributes:
+      state: the new structure, with every part of the old state that fits.
+      kept: paths, in the new state, of the parts taken from the old one.
+      fresh: paths, in the new state, of the leaves that start fresh.
+      unused: paths, in the old state, of the leaves that fit nowhere.
+    """
+
+    state: Any
+    kept: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+class _Part(NamedTuple):
+    """A subtree and where it hangs."""
+
+    path: Path
+    value: Any
+
+
+def adopt_state(new_state: Any, old_state: Any) -> Adopted:
+    """Moves an optimizer state into the structure of another chain.
+
+    For a run whose checkpoint was written without the clip, or with Optax's stateless
+    one. A part (the state of one transformation, or of a chain of them) is taken over
+    where names, shapes and dtypes of its leaves are the same, in order; where only some
+    of a part's fields fit, those are. Restored checkpoints may hold dicts and lists
+    where the state has NamedTuples and tuples; they fit too.
+
+    Args:
+      new_state: `tx.init(params)` of the new chain: gives the structure, and the values
+        of what starts fresh.
+      old_state: the restored state.
+
+    Returns:
+      `Adopted(state, kept, fresh, unused)`: nothing is lost silently.
+
+    Raises:
+      ValueError: if the old state has leaves and none of them fits.
+
+    >>> import jax.numpy as jnp, optax, optclip
+    >>> params = {"w": jnp.ones(2)}
+    >>> old = optax.chain(optax.adam(0.1))
+    >>> new = optax.chain(optclip.clip_by_global_norm(1.0), optax.adam(0.1))
+    >>> adopted = adopt_state(new.init(params), old.init(params))
+    >>> adopted.kept, len(adopted.fresh), adopted.unused
+    (('1',), 6, ())
+    """
+    kept: dict[Path, _Part] = {}
+
+    def adopt(new: _Part, scope: _Part) -> Any:
+        wanted = _signature(new.value)
+        # A bare array is only taken from its namesake: one scalar looks like another.
+        places = list(_walk(scope)) if _holds_states(new.value) else [scope]
+        free = [old for old in places if not _overlaps(old.path, kept.values())]
+        for old in free:
+            if wanted and _signature(old.value) == wanted:
+                kept[new.path] = old
+                return _filled(new.value, old.value)
+        children = _children(new)
+        for old in free:
+            twins = _children(old)
+            if (
+                children
+                and not _is_sequence(new.value)
+                and twins.keys() == children.keys()
+            ):
+                return _rebuilt(
+                    new.value,
+                    [adopt(child, twins[name]) for name, child in children.items()],
+                )
+        if not _holds_states(new.value):
+            return new.value
+        return _rebuilt(new.value, [adopt(child, scope) for child in children.values()])
+
+    state = adopt(_Part((), new_state), _Part((), old_state))
+    fresh = [p for p in _signature(new_state) if not any(_inside(p, k) for k in kept)]
+    sources = [part.path for part in kept.values()]
+    unused = [
+        p for p in _signature(old_state) if not any(_inside(p, s) for s in sources)
+    ]
+    if _signature(old_state) and not kept:
+        raise ValueError(
+            "adopt_state: old_state must share a part with new_state, got none that "
+            f"fits among {', '.join('/'.join(path) for path in unused[:5])}."
+        )
+    return Adopted(
+        state,
+        *(tuple("/".join(path) for path in paths) for paths in (kept, fresh, unused)),
+    )
+
+
+def _signature(tree: Any) -> dict[Path, tuple[Any, Any]]:
+    """Names, shapes and dtypes of the leaves: the same for a dict and a NamedTuple."""
+    return {
+        path: (jnp.shape(leaf), jnp.result_type(leaf))
+        for path, leaf in _by_name(tree).items()
+    }
+
+
+def _by_name(tree: Any) -> dict[Path, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {tuple(_paths.names(keys)): leaf for keys, leaf in flat}
+
+
+def _filled(new: Any, old: Any) -> Any:
+    flat, treedef = jax.tree_util.tree_flatten_with_path(new)
+    source = _by_name(old)
+    values = [jnp.asarray(source[tuple(_paths.names(keys))]) for keys, _ in flat]
+    return jax.tree_util.tree_unflatten(treedef, values)
+
+
+def _children(part: _Part) -> dict[str, _Part]:
+    value = part.value
+    if _is_state(value):
+        items = zip(value._fields, value, strict=True)
+    elif isinstance(value, dict):
+        items = value.items()
+    elif _is_sequence(value):
+        items = enumerate(value)
+    else:
+        items = ()
+    return {str(name): _Part((*part.path, str(name)), child) for name, child in items}
+
+
+def _rebuilt(like: Any, children: list[Any]) -> Any:
+    if _is_state(like):
+        return type(like)(*children)
+    if isinstance(like, dict):
+        return type(like)(zip(like, children, strict=True))
+    return type(like)(children) if _is_sequence(like) else like
+
+
+def _walk(part: _Part) -> Iterator[_Part]:
+    yield part
+    for child in _children(part).values():
+        yield from _walk(child)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and not _is_state(value)
+
+
+def _holds_states(value: Any) -> bool:
+    return any(_is_state(part.value) for part in _walk(_Part((), value)))
+
+
+def _inside(path: Path, outer: Path) -> bool:
+    return path[: len(outer)] == outer
+
+
+def _overlaps(path: Path, parts: Any) -> bool:
+    return any(_inside(path, p.path) or _inside(p.path, path) for p in parts)

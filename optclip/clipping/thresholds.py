@@ -1,0 +1,206 @@
+"""How big may a group be: the limit at this step.
+
+A threshold is up to three small functions on one block of groups. `limit` gives the
+limit from its state and from what it sees, `observe` gives the next state, and `init`
+the first. The engine never lets it observe a group that is not finite.
+
+| threshold | limit |
+|---|---|
+| `constant(limit)` | the number |
+| `scheduled(schedule)` | schedule(step), as in Optax |
+| `unlimited()` | none: measure only |
+| `per_path(limits)` | a number or schedule for each named group |
+| `tightest(a, b, …)` | the smallest of several |
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optclip import _checks, _paths
+from optclip.clipping.measures import fold
+
+
+class Seen(NamedTuple):
+    """What a threshold sees of one block.
+
+    Attributes:
+      size: the size of each group, float32 or float64, in the block's shape.
+      step: how many updates came before, an int32 scalar.
+      names: the groups' names where they have any (`per_leaf`, `per_label`).
+    """
+
+    size: jax.Array
+    step: jax.Array
+    names: tuple[str, ...] | None = None
+
+
+class Threshold(NamedTuple):
+    """How big a group may be; see this module's docstring.
+
+    Attributes:
+      limit: (state, seen) to the limits, a scalar or an array of the block's shape, or
+        None for no limit at all.
+      init: seen (sizes all zero) to the first state, or None for a threshold without
+        state. The trailing axes of every array in the state are the block's.
+      observe: (state, seen, limit) to the next state.
+    """
+
+    limit: Callable[[Any, Seen], Any]
+    init: Callable[[Seen], Any] | None = None
+    observe: Callable[[Any, Seen, Any], Any] = lambda state, seen, limit: state
+
+
+def constant(limit: ArrayLike) -> Threshold:
+    """The same limit for every group at every step.
+
+    Args:
+      limit: a non-negative scalar, static or traced, in the units of the size. 0 gives
+        zeros, infinity never clips.
+
+    Raises:
+      ValueError: if a static limit is negative, NaN, a bool, a string or not a scalar.
+
+    >>> import optclip
+    >>> tx = optclip.clip_by(constant(1.0))
+    """
+    _checks.limit_like("constant", limit=limit)
+    if callable(limit):
+        raise ValueError(
+            f"constant: limit must be a number, got {limit!r}; use scheduled(schedule)."
+        )
+    return Threshold(lambda _, seen: limit)
+
+
+def scheduled(schedule: optax.Schedule) -> Threshold:
+    """A limit that follows an Optax schedule: schedule(step), with step 0 first.
+
+    A value slightly below zero, where schedules tend to end, counts as 0 and shows in
+    the metrics as it is.
+
+    Args:
+      schedule: a function from the int32 step count to a scalar.
+
+    Raises:
+      ValueError: if it is not callable, or (at init) returns something that is not a
+        scalar.
+
+    >>> import optax, optclip
+    >>> tx = optclip.clip_by(scheduled(optax.linear_schedule(1.0, 0.1, 1000)))
+    """
+    if not callable(schedule):
+        raise ValueError(f"scheduled: schedule must be callable, got {schedule!r}.")
+
+    def limit(state: Any, seen: Seen) -> ArrayLike:
+        value = schedule(seen.step)
+        _checks.scalar("scheduled", **{"schedule(step)": value})
+        return value
+
+    return Threshold(limit)
+
+
+def from_limit(rule: str, **named: Any) -> Threshold:
+    """A rule's threshold argument: a number, an array, a traced value, a schedule."""
+    _checks.limit_like(rule, **named)
+    ((_, value),) = named.items()
+    schedule: Any = value
+    return scheduled(schedule) if callable(value) else Threshold(lambda _, seen: value)
+
+
+def unlimited() -> Threshold:
+    """No limit: sizes are measured, and no update is ever changed.
+
+    >>> import optclip
+    >>> tx = optclip.clip_by(unlimited())
+    """
+    return Threshold(lambda _, seen: None)
+
+
+def per_path(
+    limits: Any, default: ArrayLike | optax.Schedule | None = None
+) -> Threshold:
+    """A limit of its own for each named group.
+
+    Args:
+      limits: a tree of numbers or schedules that may be a prefix of the parameters,
+        `{"encoder": 1.0, "head": {"kernel": 0.1, "bias": 1.0}}`; for `per_label`, a
+        dict from labels.
+      default: for groups that `limits` leaves out; None makes them an error.
+
+    Raises:
+      ValueError: if a limit is negative, NaN or not a number; at init, if a group has
+        no limit, or the grouping's groups have no names.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> tx = optclip.clip_by(
+    ...     per_path({"a": 1.0, "b": 9.0}), grouping=optclip.groupings.per_leaf()
+    ... )
+    >>> updates, _ = tx.update({"a": jnp.array([3.0]), "b": jnp.array([3.0])}, None)
+    >>> print(updates["a"], updates["b"])
+    [1.] [3.]
+    """
+    for path, value in _paths.leaves(limits):
+        _checks.limit_like("per_path", **{f"limits[{path!r}]": value})
+    if default is not None:
+        _checks.limit_like("per_path", default=default)
+    lookup = _paths.prefix_lookup("per_path", "limits", limits, default=default)
+
+    def limit(state: Any, seen: Seen) -> jax.Array:
+        if seen.names is None:
+            raise ValueError(
+                "per_path: limits must go with a grouping whose groups have names "
+                "(per_leaf, per_label), got one whose groups have none."
+            )
+        values = []
+        for name in seen.names:
+            value = lookup(name)
+            value = value(seen.step) if callable(value) else value
+            _checks.scalar("per_path", **{f"limits[{name!r}]": value})
+            values.append(jnp.asarray(value, seen.size.dtype))
+        return jnp.stack(values)
+
+    return Threshold(limit)
+
+
+def tightest(*thresholds: Threshold) -> Threshold:
+    """The smallest limit of several thresholds, group by group.
+
+    The way to add a hard ceiling to any rule that sets its own threshold.
+
+    Raises:
+      ValueError: if there is none, or an argument is not a threshold.
+
+    >>> import optax, optclip
+    >>> falling = scheduled(optax.exponential_decay(10.0, 100, 0.5))
+    >>> tx = optclip.clip_by(tightest(falling, constant(5.0)))
+    """
+    if not thresholds:
+        raise ValueError("tightest: thresholds must be at least one, got none.")
+    for index, threshold in enumerate(thresholds):
+        _checks.instance("tightest", Threshold, **{f"thresholds[{index}]": threshold})
+
+    def each(states: tuple[Any, ...]) -> zip:
+        return zip(thresholds, states, strict=True)
+
+    def init(seen: Seen) -> tuple[Any, ...]:
+        return tuple(t.init(seen) if t.init else () for t in thresholds)
+
+    def limit(states: tuple[Any, ...], seen: Seen) -> jax.Array | None:
+        states = states or ((),) * len(thresholds)
+        limits = [threshold.limit(state, seen) for threshold, state in each(states)]
+        arrays = [jnp.asarray(x, seen.size.dtype) for x in limits if x is not None]
+        return fold(jnp.minimum, arrays) if arrays else None
+
+    def observe(states: tuple[Any, ...], seen: Seen, limit: Any) -> tuple[Any, ...]:
+        # Each learns from its own limit: a ceiling beside it is not what it decided.
+        return tuple(
+            t.observe(state, seen, t.limit(state, seen)) for t, state in each(states)
+        )
+
+    if not any(threshold.init for threshold in thresholds):
+        return Threshold(limit)
+    return Threshold(limit, init, observe)

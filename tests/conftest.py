@@ -1,0 +1,26 @@
+"""What every test runs under: strict promotion, and host devices for the meshes.
+
+The suite runs on whatever platform JAX finds; only the mesh tests use the eight host
+devices, which cost nothing elsewhere.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile(
+    "optclip", deadline=None, max_examples=25, derandomize=True, print_blob=False
+)
+hypothesis.settings.load_profile("optclip")
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -1,0 +1,70 @@
+"""Every example runs as a user runs it, prints finite numbers and draws its picture."""
+
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(example: str, *options: str) -> list[str]:
+    """The lines that an example prints; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", str(EXAMPLES / example), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory):
+    """A short run of the main job: its lines and its folder."""
+    output = tmp_path_factory.mktemp("regression")
+    return run("regression.py", "--epochs", "10", "--output", str(output)), output
+
+
+def rows(lines: list[str]) -> dict[str, str]:
+    """The table's rows by rule: what stands between its header and the empty line."""
+    (header,) = (n for n, line in enumerate(lines) if line.startswith("rule "))
+    table = lines[header + 1 : lines.index("", header)]
+    return {line[:32].strip(): line[32:] for line in table}
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"regression.py"}
+
+
+def test_the_smallest_program_prints_what_the_clip_saw(regression):
+    lines, _ = regression
+    printed = dict(line.split() for line in lines if line.startswith("0/"))
+    assert float(printed["0/steps"]) == 5
+    assert 0 < float(printed["0/clipped_steps"]) < 5
+    assert float(printed["0/limit"]) == 1
+
+
+def test_without_a_clip_the_run_diverges_and_the_table_says_so(regression):
+    lines, _ = regression
+    assert "diverged at epoch 1" in rows(lines)["none"]
+
+
+def test_every_clip_learns_and_its_row_is_finite(regression):
+    lines, _ = regression
+    clipped = {name: row for name, row in rows(lines).items() if name != "none"}
+    assert len(clipped) >= 5
+    for name, row in clipped.items():
+        numbers = [float(word.rstrip("%")) for word in row.split()]
+        assert len(numbers) == 5, name
+        assert all(math.isfinite(number) for number in numbers), name
+        train_mse, _, share, norm, _ = numbers
+        assert 0 < train_mse < 15_000, name  # before the first step: 20,000
+        assert 0 < share <= 100 and norm > 0, name
+
+
+def test_the_last_line_names_the_picture(regression):
+    lines, output = regression
+    picture = output / "regression.png"
+    assert lines[-1].endswith(str(picture))
+    assert picture.read_bytes().startswith(PNG)

@@ -1,0 +1,252 @@
+"""Every transform, with the ways to build it and its kind: the table that laws read.
+
+A row's kind chooses its laws; an exception is a field of the row, with its reason
+beside it. Adding a transform here adds it to every law of its kind.
+
+`Row.build(limit, **options)` makes the transform, with options such as `nonfinite` for
+rows of kind "clip"; `Row.oracle` are the keyword arguments of
+`tests.oracles.fixed.clip` that describe it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+import optclip
+from optclip import actions, groupings, measures, thresholds
+
+
+class Row(NamedTuple):
+    """One transform.
+
+    Attributes:
+      name: unique, the test's id.
+      kind: "clip" (groups scaled to a limit), "elementwise" (flat clamps), "measuring"
+        (never changes an update), "wrapper" or "projection".
+      build: limit (number, array, schedule or tracer) to the transform; rows of kind
+        "clip" also take options of `clip_by` as keywords.
+      oracle: keyword arguments for `tests.oracles.fixed.clip`.
+      public: the public name whose row this is, for the check that none is missing.
+      argument: the name of its limit argument in messages; None if it takes thresholds.
+      identity: whether a group within its limit keeps its bits, or the reason not.
+      batched: whether leaves need a common leading axis.
+      has_metrics: whether its state holds `ClipMetrics`, or the reason not.
+      complex: whether it takes complex leaves, or the reason not.
+    """
+
+    name: str
+    kind: str
+    build: Callable[..., optax.GradientTransformationExtraArgs]
+    oracle: dict[str, Any]
+    public: str
+    argument: str | None = None
+    identity: bool | str = True
+    batched: bool = False
+    has_metrics: bool | str = True
+    complex: bool | str = True
+
+
+def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Callable:
+    return lambda limit, **options: optclip.clip_by(
+        thresholds.scheduled(limit) if callable(limit) else thresholds.constant(limit),
+        measure=measure,
+        grouping=grouping,
+        action=actions.rescale() if action is None else action,
+        **options,
+    )
+
+
+REAL = "an interval says nothing about complex numbers, so clip_by_value raises"
+FLAT = "flat: it measures nothing, so it keeps no state"
+SMOOTH = "smooth shrinks every group, by its definition"
+EPS = "div_eps > 0 is PyTorch's convention, which shrinks a group at its limit"
+
+ROWS = [
+    Row(
+        "clip_by_global_norm",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(limit, **options),
+        {"grouping": "whole"},
+        public="clip_by_global_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_global_norm-l1",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(
+            limit, measure=measures.l1, **options
+        ),
+        {"grouping": "whole", "measure": "l1"},
+        public="clip_by_global_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_global_norm-lp3",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(
+            limit, measure=measures.lp(3), **options
+        ),
+        {"grouping": "whole", "measure": 3},
+        public="clip_by_global_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_global_norm-lp1.5",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(
+            limit, measure=measures.lp(1.5), **options
+        ),
+        {"grouping": "whole", "measure": 1.5},
+        public="clip_by_global_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_global_norm-smooth",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(
+            limit, action=actions.smooth(), **options
+        ),
+        {"grouping": "whole", "action": "smooth"},
+        public="clip_by_global_norm",
+        argument="max_norm",
+        identity=SMOOTH,
+    ),
+    Row(
+        "clip_by_global_norm-div_eps",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(
+            limit, action=actions.rescale(1e-6), **options
+        ),
+        {"grouping": "whole", "action": "torch"},
+        public="clip_by_global_norm",
+        argument="max_norm",
+        identity=EPS,
+    ),
+    Row(
+        "clip_by_norm",
+        "clip",
+        lambda limit, **options: optclip.clip_by_norm(limit, **options),
+        {"grouping": "leaf"},
+        public="clip_by_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_norm-max_abs",
+        "clip",
+        lambda limit, **options: optclip.clip_by_norm(
+            limit, measure=measures.max_abs, **options
+        ),
+        {"grouping": "leaf", "measure": "max_abs"},
+        public="clip_by_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_norm-per_unit",
+        "clip",
+        lambda limit, **options: optclip.clip_by_norm(
+            limit, grouping=groupings.per_unit(), **options
+        ),
+        {"grouping": "unit"},
+        public="clip_by_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_block_rms",
+        "clip",
+        lambda limit, **options: optclip.clip_by_block_rms(limit, **options),
+        {"grouping": "leaf", "measure": "rms"},
+        public="clip_by_block_rms",
+        argument="threshold",
+    ),
+    Row(
+        "clip_by-per_label",
+        "clip",
+        _parts(groupings.per_label(lambda path: path[0])),
+        {"grouping": "label"},
+        public="clip_by",
+    ),
+    Row(
+        "clip_by-per_example",
+        "clip",
+        _parts(groupings.per_example()),
+        {"grouping": "example"},
+        public="clip_by",
+        batched=True,
+    ),
+    Row(
+        "clip_by-per_element",
+        "clip",
+        _parts(groupings.per_element()),
+        {"grouping": "element"},
+        public="clip_by",
+    ),
+    Row(
+        "clip_by-tightest",
+        "clip",
+        lambda limit, **options: optclip.clip_by(
+            thresholds.tightest(
+                thresholds.constant(float("inf")),
+                thresholds.scheduled(limit)
+                if callable(limit)
+                else thresholds.constant(limit),
+                thresholds.unlimited(),
+            ),
+            **options,
+        ),
+        {"grouping": "whole"},
+        public="clip_by",
+    ),
+    Row(
+        "clip_by_value",
+        "elementwise",
+        lambda limit: optclip.clip_by_value(limit),
+        {"grouping": "element"},
+        public="clip_by_value",
+        argument="max_delta",
+        has_metrics=FLAT,
+    ),
+    Row(
+        "clip_by_value-interval",
+        "elementwise",
+        lambda limit: (
+            optclip.clip_by_value(min_value=lambda t: -limit(t), max_value=limit)
+            if callable(limit)
+            else optclip.clip_by_value(min_value=-limit, max_value=limit)
+        ),
+        {"grouping": "element"},
+        public="clip_by_value",
+        has_metrics=FLAT,
+        complex=REAL,
+    ),
+    Row(
+        "clip",
+        "elementwise",
+        lambda limit: optclip.clip(limit),
+        {"grouping": "element"},
+        public="clip",
+        argument="max_delta",
+        has_metrics=FLAT,
+    ),
+    Row(
+        "monitor",
+        "measuring",
+        lambda limit: optclip.monitor(),
+        {"grouping": "whole"},
+        public="monitor",
+    ),
+    Row(
+        "monitor-per_leaf",
+        "measuring",
+        lambda limit: optclip.monitor(measures.rms, groupings.per_leaf()),
+        {"grouping": "leaf", "measure": "rms"},
+        public="monitor",
+    ),
+]
+
+
+def rows(*kinds: str) -> list[Any]:
+    """The rows of some kinds, as pytest parameters."""
+    import pytest
+
+    return [pytest.param(row, id=row.name) for row in ROWS if row.kind in kinds]
