@@ -5,12 +5,17 @@ type says over which manual axes it varies; a sum over exactly those axes is the
 over the whole array, and a replicated leaf is counted once. `axis_name` replaces the
 reading of types where they say nothing (`pmap`, `check_vma=False`) or something else
 than meant (gradients before their reduction, all_gathered leaves).
+
+Maxima are taken here too, under `jit` as well: XLA's all-reduce of floats forgets a NaN
+that another device holds (its CPU and NCCL's maximum return the other number).
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optclip import _paths
 
@@ -35,9 +40,80 @@ def axes_of(rule: str, axis_name: AxisName) -> Callable[[str], Any]:
     return lambda path: _tuple(lookup(path))
 
 
+def bound(axis_name: AxisName) -> AxisName:
+    """The same, or () where the names mean nothing: `init` often runs outside."""
+    try:
+        axis_size(tuple(jax.tree.leaves(axis_name)))
+    except NameError:
+        return ()
+    return axis_name
+
+
 def axis_size(axes: tuple[Hashable, ...]) -> int:
     """How many devices these axes span together."""
     return int(jax.lax.psum(1, axes)) if axes else 1
+
+
+def anywhere(flag: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+    """Whether a flag is set on any device along these axes."""
+    return jax.lax.psum(flag.astype(jnp.int32), axes) > 0 if axes else flag
+
+
+def from_all(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+    """The values of all devices along a new leading axis, the same on each of them.
+
+    A sum in which each device fills its own row, because an all_gather's type says that
+    its result varies.
+    """
+    places = jnp.arange(axis_size(axes)).reshape(-1, *[1] * x.ndim)
+    own = places == jax.lax.axis_index(axes)
+    return jax.lax.psum(jnp.where(own, x[None], jnp.zeros_like(x)[None]), axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def largest(
+    x: jax.Array, axis: tuple[int, ...] | None = None, keepdims: bool = False
+) -> jax.Array:
+    """The maximum of non-negative numbers in one array, NaN if any is NaN."""
+    return _from_bits(jnp.max(_bits(x), axis=axis, keepdims=keepdims), x.dtype)
+
+
+@largest.defjvp
+def _largest_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
+    (x,), (d_x,) = primals, tangents
+    top = largest(x, axis, keepdims)
+    shared = x == largest(x, axis, True)
+    d_top = jnp.sum(jnp.where(shared, d_x, 0), axis=axis, keepdims=keepdims)
+    return top, d_top / jnp.maximum(_number(shared, d_x, axis, keepdims), 1)
+
+
+def _number(flags: jax.Array, like: jax.Array, axis: Any, keepdims: bool) -> jax.Array:
+    return jnp.sum(flags, axis=axis, keepdims=keepdims, dtype=like.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def largest_across(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+    """The maximum of non-negative numbers over mesh axes, NaN if any is NaN."""
+    return _from_bits(jax.lax.pmax(_bits(x), axes), x.dtype)
+
+
+@largest_across.defjvp
+def _largest_across_jvp(axes: tuple[Hashable, ...], primals: Any, tangents: Any) -> Any:
+    (x,), (d_x,) = primals, tangents
+    top = largest_across(x, axes)
+    shared = x == top
+    d_top = jax.lax.psum(jnp.where(shared, d_x, 0), axes)
+    return top, d_top / jnp.maximum(jax.lax.psum(shared.astype(d_x.dtype), axes), 1)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Integers in the order of non-negative floats, with every NaN at the top."""
+    kind = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jnp.abs(x), kind)  # abs: NaN has a sign too
+
+
+def _from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _is_axes(value: Any) -> bool:

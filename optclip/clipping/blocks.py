@@ -203,12 +203,14 @@ def stacked(gathered: Gathered, by_group: list[jax.Array]) -> list[jax.Array]:
 
 
 def apart(gathered: Gathered) -> list[jax.Array]:
-    """The sizes of single elements, once more, for whoever reduces them.
+    """The sizes of single elements, once more, to be reduced.
 
-    XLA:CPU writes |x| to memory if a reduction shares it with the clipping itself.
+    XLA:CPU writes |x| to memory if a reduction shares it with the clipping itself. All
+    leaves stand behind one barrier, which is none of those in `for_measuring`: equal
+    barriers would be merged.
     """
     leaves = [group.members[0].leaf for group in gathered.groups]
-    barred = [jax.lax.optimization_barrier(leaf) for leaf in leaves]
+    barred, _ = jax.lax.optimization_barrier((leaves, jnp.zeros(())))
     return [jnp.abs(_numerics.widen(leaf, gathered.wide)) for leaf in barred]
 
 
@@ -284,7 +286,25 @@ def measured(
         precise = _lowered(gathered, measure, totals(gathered, measure, units), units)
         return precise, judge(stacked(gathered, precise))
 
-    return jax.lax.cond(fold(jnp.logical_or, doubts), again, lambda: (sizes, limits))
+    doubt = fold(jnp.logical_or, doubts)
+    doubt = _meshes.anywhere(doubt, _divided(gathered, doubt))
+    return jax.lax.cond(doubt, again, lambda: (sizes, limits))
+
+
+def _divided(gathered: Gathered, doubt: jax.Array) -> tuple[Hashable, ...]:
+    """The mesh axes to agree over: summed along in the branch, but not by every group.
+
+    Devices that take different branches would wait for each other forever. None where
+    all groups extend over the same axes.
+    """
+    members = [member for group in gathered.groups for member in group.members]
+    by_group = [{a for m in group.members for a in m.mesh} for group in gathered.groups]
+    summed, by_all = set.union(*by_group), set.intersection(*by_group)
+    if any(_meshes.varying_axes(member.leaf) for member in members):
+        differs = summed.intersection(_meshes.varying_axes(doubt))
+    else:  # pmap, check_vma=False: types say nothing
+        differs = summed - by_all
+    return tuple(sorted(differs, key=str))
 
 
 def _lowered(

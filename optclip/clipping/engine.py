@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _meshes
 from optclip.clipping import blocks, metrics
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.groupings import Grouping, whole
@@ -94,11 +94,8 @@ def clip_by(
             "others at every step, got one with state."
         )
     spoiled = jnp.nan if nonfinite == "propagate" else 0.0
-
-    if grouping.is_elementwise:
-        measure = (
-            max_abs  # of one number every size is the same; this one never overflows
-        )
+    # Of one number every size is the same, and this one never overflows.
+    measure = max_abs if grouping.is_elementwise else measure
 
     @jax.jit
     def aim(size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -106,7 +103,8 @@ def clip_by(
         return jnp.where(jnp.isfinite(size), target, spoiled)
 
     def init(params: optax.Params) -> ClipState:
-        gathered = blocks.gather("clip_by", params, grouping, axis_name)
+        axes = _meshes.bound(axis_name)
+        gathered = blocks.gather("clip_by", params, grouping, axes)
         step = jnp.zeros((), jnp.int32)
         state = ()
         if threshold.init is not None:

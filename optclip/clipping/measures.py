@@ -22,12 +22,14 @@ A complex element counts by its modulus.
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optclip import _checks, _numerics
+from optclip import _checks, _meshes, _numerics
 
 
 class Combine(NamedTuple):
@@ -39,7 +41,7 @@ class Combine(NamedTuple):
 
 
 SUM = Combine(jnp.sum, jnp.add, jax.lax.psum)
-MAX = Combine(jnp.max, jnp.maximum, jax.lax.pmax)
+MAX = Combine(_meshes.largest, jnp.maximum, _meshes.largest_across)
 
 
 class Measure(NamedTuple):
@@ -114,7 +116,12 @@ def lp(p: float) -> Measure:
 
     def lower(total: jax.Array, count: float) -> jax.Array:
         zero = total == 0  # where the root's derivative is infinite
-        return jnp.where(zero, total, jnp.where(zero, 1, total) ** (1 / power))
+        nonzero = jnp.where(zero, 1, total)
+        used, inverse = (float(np.asarray(x, total.dtype)) for x in (power, 1 / power))
+        # The exponent's rounding error counts as often as the total has e-folds.
+        missing = float(1 / Fraction(used) - Fraction(inverse))
+        folds = jnp.log(jnp.minimum(nonzero, jnp.finfo(total.dtype).max))
+        return jnp.where(zero, total, nonzero**inverse * (1 + missing * folds))
 
     return Measure(lambda x: jnp.abs(x) ** power, SUM, lower, power=power)
 

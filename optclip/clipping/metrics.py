@@ -111,30 +111,40 @@ def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
     # Anything over a limit of 0, and anything not finite, is the furthest over.
     endless = ~finite | (clipped & (bound == 0))
     ratio = jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound))
-    worst = jnp.max(ratio)
     if limit.ndim == 0:
-        size_there, limit_there = jnp.max(size), limit
+        worst, size_there, limit_there = jnp.max(ratio), _meshes.largest(size), limit
     else:
-        size_there = jnp.max(jnp.where(ratio == worst, size, -jnp.inf))
-        there = (ratio == worst) & ((size == size_there) | ~finite)
-        limit_there = jnp.max(jnp.where(there, limit, -jnp.inf))
+        worst, size_there, limit_there = _furthest(ratio, size, limit)
     return _Summary(
         ratio=worst,
         size=size_there,
         limit=limit_there,
         clipped=jnp.sum(clipped, dtype=jnp.float32),
-        nonfinite=jnp.sum(~finite, dtype=jnp.float32),
+        nonfinite=(~jnp.isfinite(_meshes.largest(size))).astype(jnp.float32),
         count=jnp.asarray(size.size, jnp.float32),
     )
+
+
+def _furthest(
+    ratio: jax.Array, size: jax.Array, limit: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the group furthest over, and of the largest of several such groups."""
+    worst = jnp.max(ratio)
+    ties = (ratio == worst) | jnp.isnan(ratio)
+    largest = _meshes.largest(jnp.where(ties, size, 0))
+    there = ties & ((size == largest) | ~jnp.isfinite(size))
+    return worst, largest, jnp.max(jnp.where(there, limit, -jnp.inf))
 
 
 @jax.jit
 def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
     # As large as the leaf, and XLA:CPU writes a comparison or a selection to memory
     # before it reduces it: so plain maxima only.
-    largest = jnp.max(size)
     bound = jnp.maximum(limit, 0)
-    over = largest > bound if bound.ndim == 0 else jnp.max(size - bound) > 0
+    largest = _meshes.largest(size)
+    over = largest > bound
+    if bound.ndim > 0:
+        over = _meshes.largest(jnp.maximum(size - bound, 0)) > 0
     return _Summary(
         ratio=largest,
         size=largest,
@@ -160,17 +170,13 @@ def _worse(a: _Summary, b: _Summary) -> _Summary:
 
 
 def _across(mine: _Summary, axes: tuple) -> _Summary:
-    """The summary of all shards: blocks that still vary over mesh axes meet here."""
-    worst = jax.lax.pmax(mine.ratio, axes)
-    here = mine.ratio == worst
-    # NaN does not compare, and collectives differ in what they make of it.
-    size = jnp.where(jnp.isnan(mine.size), jnp.inf, mine.size)
-    size_there = jax.lax.pmax(jnp.where(here, size, -jnp.inf), axes)
-    here &= size == size_there
-    limit = jax.lax.pmax(jnp.where(here, mine.limit, -jnp.inf), axes)
-    counts = jnp.stack([mine.clipped, mine.nonfinite, mine.count])
-    clipped, nonfinite, count = jax.lax.psum(counts, axes)
-    return _Summary(worst, size_there, limit, clipped, nonfinite, count)
+    """The summary of all shards, in one collective: varying blocks meet here."""
+    numbers = jnp.stack([number.astype(mine.size.dtype) for number in mine])
+    shards = _Summary(*_meshes.from_all(numbers, axes).T)
+    worst, size, limit = _furthest(shards.ratio, shards.size, shards.limit)
+    counts = (shards.clipped, shards.nonfinite, shards.count)
+    sums = [jnp.sum(count).astype(jnp.float32) for count in counts]
+    return _Summary(worst, size, limit, *sums)
 
 
 def metrics(opt_state: Any, separator: str = "/") -> dict[str, jax.Array]:

@@ -159,7 +159,7 @@ def _clamp(path: str, leaf: Any, lower: Any, upper: Any, symmetric: bool) -> jax
     # An infinite component is a direction: a finite one beside it adds nothing.
     infinite = jnp.isinf(x.real) | jnp.isinf(x.imag)
     real, imag = (
-        jnp.where(infinite, jnp.sign(part) * jnp.isinf(part), part)
+        jnp.where(infinite, jnp.sign(part) * jnp.isinf(part).astype(part.dtype), part)
         for part in (x.real, x.imag)
     )
     x = jax.lax.complex(real, imag)

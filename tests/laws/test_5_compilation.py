@@ -1,0 +1,390 @@
+"""Law 5: every transform compiles, and works inside whatever Optax and Flax put round it.
+
+One small tree serves every row: two dtypes, two labels and a common leading axis of 4,
+so that `per_example` and a mesh of two devices fit it too. What a wrapper gives is
+compared with `clipped`, the bare transform with its limit traced, compiled once a row.
+"""
+
+import contextlib
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import optclip
+from tests.laws.table import ROWS, rows
+
+EVERY = pytest.mark.parametrize("row", rows("clip", "elementwise", "measuring"))
+BY_NAME = {row.name: row for row in ROWS}
+SCALES = (0.05, 1.0, 30.0, 1e4)  # from within every limit of 1 to far above it
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+
+    def leaf(dtype, *shape):
+        return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+    return {
+        "alpha": {
+            "kernel": leaf(jnp.float32, 4, 3),
+            "scale": leaf(jnp.float32, 4),
+        },
+        "beta": {"kernel": leaf(jnp.bfloat16, 4, 2)},
+    }
+
+
+PARAMS = tree(100)
+STREAM = [tree(seed, scale) for seed, scale in enumerate(SCALES)]
+STACKED = jax.tree.map(lambda *leaves: jnp.stack(leaves), *STREAM)
+
+
+def step(tree_of_steps, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree_of_steps)
+
+
+@functools.cache
+def clipped(name):
+    """(limit, updates) to the updates of a fresh transform with that limit."""
+    build = BY_NAME[name].build
+    return jax.jit(lambda limit, updates: build(limit).update(updates, None)[0])
+
+
+@functools.cache
+def run(name):
+    """The updates and the state after each step of the stream, jitted."""
+    tx = BY_NAME[name].build(1.0)
+    update, state, seen = jax.jit(tx.update), tx.init(PARAMS), []
+    for updates in STREAM:
+        out, state = update(updates, state)
+        seen.append((out, state))
+    return seen
+
+
+def assert_within_ulps(got, want, ulps=2):
+    """Same tree, shapes and dtypes; floats within some units in the last place."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+
+    def check(path, a, b):
+        dtype = a.dtype
+        a, b = np.asarray(a), np.asarray(b)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
+            return
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        size = np.where(same, 1.0, np.maximum(abs(a), abs(b)))
+        ulp = float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(size))
+        far = ~same & ~(abs(a - b) <= ulps * ulp)
+        assert not far.any(), f"{jax.tree_util.keystr(path)}: {a[far]} != {b[far]}"
+
+    jax.tree_util.tree_map_with_path(check, got, want)
+
+
+def negative(updates):
+    return jax.tree.map(jnp.negative, updates)
+
+
+def optax_needs_promotion():
+    """Optax itself promotes float32 with bfloat16, and both with its int counters."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def test_the_comparison_can_fail():
+    ones, more = jnp.ones(2), jnp.full(2, 1 + 3 * 2.0**-23)
+    assert_within_ulps(ones, more, ulps=3)
+    with pytest.raises(AssertionError):
+        assert_within_ulps(ones, more)
+    with pytest.raises(AssertionError):
+        assert_within_ulps(ones, ones.astype(jnp.bfloat16))
+
+
+@EVERY
+def test_the_rows_are_put_to_work(row):
+    """The stream is clipped at its end and (but for `smooth`) not at its start."""
+    first, last = run(row.name)[0][0], run(row.name)[-1][0]
+    if row.kind == "measuring":
+        chex.assert_trees_all_equal(last, STREAM[-1])
+        return
+    for out, updates in zip(jax.tree.leaves(last), jax.tree.leaves(STREAM[-1])):
+        assert np.all(abs(out) < abs(updates))
+    if row.identity is True:
+        chex.assert_trees_all_equal(first, STREAM[0])
+
+
+@EVERY
+def test_jit_equals_eager(row):
+    tx = row.build(1.0)
+    state = tx.init(PARAMS)
+    for updates, jitted in zip(STREAM, run(row.name), strict=True):
+        out, state = tx.update(updates, state)
+        assert_within_ulps((out, state), jitted)
+
+
+@EVERY
+def test_one_trace_over_many_steps(row):
+    tx = row.build(1.0)
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(lambda u, s: tx.update(u, s), n=1)
+    # Tracing alone tells; `lower` is jit without the price of compiling.
+    update, state = jax.jit(traced), tx.init(PARAMS)
+    update.lower(STREAM[0], state)
+    for updates, (_, state) in zip(STREAM, run(row.name), strict=True):
+        update.lower(updates, state)
+
+
+def test_a_second_trace_is_noticed():
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(lambda x: x, n=1))
+    update.lower(jnp.ones(()))
+    with pytest.raises(AssertionError):
+        update.lower(1.0)  # a weak type
+
+
+@EVERY
+def test_is_a_scan_carry(row):
+    tx = row.build(1.0)
+    scanned = jax.jit(
+        lambda state, stream: jax.lax.scan(
+            lambda s, u: tx.update(u, s)[::-1], state, stream
+        )
+    )
+    last, outs = scanned(tx.init(PARAMS), STACKED)
+    for index, (want, _) in enumerate(run(row.name)):
+        assert_within_ulps(step(outs, index), want)
+    assert_within_ulps(last, run(row.name)[-1][1])
+
+
+@EVERY
+def test_vmaps_over_updates(row):
+    tx = row.build(1.0)
+    states = jax.vmap(tx.init)(STACKED)
+    outs, states = jax.jit(jax.vmap(tx.update))(STACKED, states)
+    for index, updates in enumerate(STREAM):
+        assert_within_ulps(step(outs, index), clipped(row.name)(1.0, updates))
+    if row.has_metrics is True:
+        np.testing.assert_array_equal(optclip.metrics(states)["steps"], [1, 1, 1, 1])
+
+
+@EVERY
+def test_vmaps_over_the_threshold(row):
+    limits = jnp.array([0.0, 0.25, 1.0, jnp.inf])
+    over_limits = jax.vmap(
+        lambda limit, updates: row.build(limit).update(updates, None)[0], (0, None)
+    )
+    outs = jax.jit(over_limits)(limits, STREAM[1])
+    for index, limit in enumerate(limits):
+        assert_within_ulps(step(outs, index), clipped(row.name)(limit, STREAM[1]))
+
+
+@EVERY
+def test_masked(row):
+    tx = optax.masked(row.build(1.0), {"alpha": True, "beta": False})
+    out, _ = jax.jit(tx.update)(STREAM[2], tx.init(PARAMS))
+    alone = clipped(row.name)(1.0, {"alpha": STREAM[2]["alpha"]})
+    assert_within_ulps({"alpha": out["alpha"]}, alone)
+    chex.assert_trees_all_equal(out["beta"], STREAM[2]["beta"])
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "name", [n for n in ("partition", "multi_transform") if hasattr(optax, n)][:1]
+)
+def test_partition(row, name):
+    tx = getattr(optax, name)(
+        {"clip": row.build(1.0), "rest": optax.set_to_zero()},
+        {"alpha": "clip", "beta": "rest"},
+    )
+    out, _ = jax.jit(tx.update)(STREAM[2], tx.init(PARAMS))
+    alone = clipped(row.name)(1.0, {"alpha": STREAM[2]["alpha"]})
+    assert_within_ulps({"alpha": out["alpha"]}, alone)
+    assert not np.any(out["beta"]["kernel"])
+
+
+@EVERY
+def test_inject_hyperparams(row):
+    """A limit in the state is read from it, and schedules are followed."""
+    with optax_needs_promotion():
+        tx = optax.inject_hyperparams(row.build)(limit=1.0)
+        update, state = jax.jit(tx.update), tx.init(PARAMS)
+        for updates, limit in zip(STREAM[1:3], (1.0, 0.25), strict=True):
+            state.hyperparams["limit"] = jnp.asarray(limit, jnp.float32)
+            out, state = update(updates, state, PARAMS)
+            assert_within_ulps(out, clipped(row.name)(limit, updates))
+
+
+@EVERY
+def test_inject_hyperparams_with_a_schedule(row):
+    falling = optax.linear_schedule(1.0, 0.25, 3)
+    with optax_needs_promotion():
+        tx = optax.inject_hyperparams(row.build)(limit=falling)
+        update, state = jax.jit(tx.update), tx.init(PARAMS)
+        for updates, limit in zip(STREAM[1:], (1.0, 0.75, 0.5), strict=True):
+            out, state = update(updates, state, PARAMS)
+            assert_within_ulps(out, clipped(row.name)(limit, updates))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("public", "argument"),
+    sorted({(row.public, row.argument) for row in ROWS if row.argument}),
+)
+def test_inject_hyperparams_on_the_public_rule(public, argument, dtype):
+    """The rules' own signatures: parts as defaults are not taken for schedules.
+
+    Optax casts the limit to the parameters' dtype, so it may arrive as bfloat16.
+    """
+    rule = getattr(optclip, public)
+    updates = jax.tree.map(lambda x: x.astype(dtype), STREAM[2])
+    tx = optax.inject_hyperparams(rule)(**{argument: 1.0})
+    state = tx.init(updates)
+    assert set(state.hyperparams) == {argument}
+    out, _ = jax.jit(tx.update)(updates, state, updates)
+    want, _ = rule(1.0).update(updates, None)
+    assert_within_ulps(out, want)
+
+
+@EVERY
+def test_multi_steps(row):
+    """The clip sees the mean of the micro-steps, here of two equal ones."""
+    tx = optax.MultiSteps(row.build(1.0), every_k_schedule=2)
+    with optax_needs_promotion():
+        update, state = jax.jit(tx.update), tx.init(PARAMS)
+        waiting, state = update(STREAM[2], state, PARAMS)
+        out, state = update(STREAM[2], state, PARAMS)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(waiting))
+    assert_within_ulps(out, clipped(row.name)(1.0, STREAM[2]))
+    if row.has_metrics is True:
+        (steps,) = (v for k, v in optclip.metrics(state).items() if "/steps" in k)
+        assert steps == 1
+
+
+@EVERY
+def test_apply_if_finite(row):
+    """A bad step gives zeros and leaves the state alone; the next one goes on."""
+    tx = optax.apply_if_finite(row.build(1.0), max_consecutive_errors=3)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    out, state = update(STREAM[0], state)
+    assert_within_ulps(out, run(row.name)[0][0])
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), STREAM[1])
+    out, after_bad = update(bad, state)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(out))
+    chex.assert_trees_all_equal(after_bad.inner_state, state.inner_state)
+    out, _ = update(STREAM[1], after_bad)
+    assert_within_ulps(out, run(row.name)[1][0])
+
+
+@EVERY
+def test_named_chain(row):
+    tx = optax.named_chain(("clip", row.build(1.0)), ("sign", optax.scale(-1.0)))
+    out, state = jax.jit(tx.update)(STREAM[2], tx.init(PARAMS))
+    assert_within_ulps(out, negative(clipped(row.name)(1.0, STREAM[2])))
+    assert set(state) == {"clip", "sign"}
+
+
+@EVERY
+def test_map_params(row):
+    """Adam's moments are mapped with the parameters; of the clip nothing is."""
+    map_params = getattr(optax.tree, "map_params", None) or optax.tree_map_params
+    tx = optax.chain(row.build(1.0), optax.scale_by_adam())
+    state = tx.init(PARAMS)
+    mapped = map_params(
+        tx, lambda x, p: "moment", state, PARAMS, transform_non_params=lambda x: "rest"
+    )
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    assert set(jax.tree.leaves(mapped[0])) <= {"rest"}
+    assert set(jax.tree.leaves(mapped[1].mu)) == {"moment"}
+
+
+@EVERY
+def test_the_state_has_its_shape_before_it_exists(row):
+    tx = row.build(1.0)
+    promised, made = jax.eval_shape(tx.init, PARAMS), tx.init(PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(promised, made)
+    weak = [(a.weak_type, jnp.asarray(b).weak_type)
+            for a, b in zip(jax.tree.leaves(promised), jax.tree.leaves(made))]  # fmt: skip
+    assert set(weak) <= {(False, False)}
+
+
+@EVERY
+def test_state_and_params_are_optional(row):
+    tx = row.build(1.0)
+    want, state = run(row.name)[0]
+    fresh = tx.update(STREAM[0], None)
+    given = tx.update(STREAM[0], tx.init(PARAMS))
+    with_all = tx.update(
+        STREAM[0], tx.init(PARAMS), PARAMS, value=jnp.ones(()), grad=PARAMS, anything=1
+    )
+    for got in (fresh, given, with_all):
+        assert_within_ulps(got, (want, state))
+
+
+@EVERY
+def test_linen_train_state(row):
+    tx = optax.chain(row.build(1.0), optax.scale(-1.0))
+    start = jax.tree.map(jnp.zeros_like, PARAMS)
+    state = TrainState.create(apply_fn=None, params=start, tx=tx)
+    state = jax.jit(lambda s, g: s.apply_gradients(grads=g))(state, STREAM[2])
+    assert_within_ulps(state.params, negative(clipped(row.name)(1.0, STREAM[2])))
+
+
+class Block(nnx.Module):
+    """Parameters from arrays; `axes` names the mesh axes of their leading axis."""
+
+    def __init__(self, arrays, axes):
+        for name, array in arrays.items():
+            spec = (axes,) + (None,) * (array.ndim - 1)
+            init = nnx.with_partitioning(lambda array=array: array, spec)
+            setattr(self, name, nnx.Param(init() if axes else array))
+
+
+class Net(nnx.Module):
+    def __init__(self, tree, axes=None):
+        self.alpha = Block(tree["alpha"], axes)
+        self.beta = Block(tree["beta"], axes)
+
+    def values(self):
+        return {
+            part: {name: leaf[...] for name, leaf in vars(getattr(self, part)).items()
+                   if isinstance(leaf, nnx.Param)}
+            for part in ("alpha", "beta")
+        }  # fmt: skip
+
+
+@EVERY
+@pytest.mark.parametrize("sharded", [False, True], ids=["one device", "sharded"])
+def test_nnx_optimizer(row, sharded):
+    """Eager, then jitted with model and optimizer donated; alone and on a mesh."""
+    axes = "data" if sharded else None
+    if sharded and jax.device_count() < 2:
+        pytest.skip("one device only")
+    mesh = contextlib.nullcontext()
+    if sharded:
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
+    with mesh:
+        model = Net(jax.tree.map(jnp.zeros_like, PARAMS), axes)
+        if sharded:
+            assert "data" in model.alpha.kernel[...].sharding.spec
+        tx = optax.chain(row.build(1.0), optax.scale(-1.0))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        if not sharded:
+            optimizer.update(model, nnx.state(Net(STREAM[1])))
+            want = negative(clipped(row.name)(1.0, STREAM[1]))
+            assert_within_ulps(model.values(), want)
+
+        update = nnx.jit(lambda m, o, g: o.update(m, g) and None, donate_argnums=(0, 1))
+        nnx.update(model, nnx.state(Net(jax.tree.map(jnp.zeros_like, PARAMS), axes)))
+        before = jax.tree.map(lambda x: x.sharding, model.values())
+        update(model, optimizer, nnx.state(Net(STREAM[2], axes)))
+        assert jax.tree.map(lambda x: x.sharding, model.values()) == before
+        values = jax.device_get(model.values())
+    assert_within_ulps(values, negative(clipped(row.name)(1.0, STREAM[2])))
+    if row.has_metrics is True:
+        assert optclip.metrics(optimizer.opt_state)["0/steps"] == 2 - sharded
