@@ -1,29 +1,8 @@
-"""optclip: bounds on magnitudes for JAX, as Optax gradient transformations."""
+"""optclip: bounds on magnitudes for JAX, as Optax gradient transformations.
 
-# The parts that rules are made of.
-from optclip._paths import mask as mask
-from optclip.clipping import actions as actions
-from optclip.clipping import groupings as groupings
-from optclip.clipping import measures as measures
-from optclip.clipping import thresholds as thresholds
-from optclip.clipping.engine import ClipState as ClipState
-from optclip.clipping.engine import clip_by as clip_by
-
-# Numbers and state.
-from optclip.clipping.metrics import ClipMetrics as ClipMetrics
-from optclip.clipping.metrics import metrics as metrics
-from optclip.clipping.norms import global_norm as global_norm
-from optclip.clipping.norms import leaf_norms as leaf_norms
-
-# Per-example clipping for private training.
-from optclip.clipping.per_example import (
-    per_example_global_norm_clip as per_example_global_norm_clip,
-)
-from optclip.clipping.per_example import (
-    per_example_layer_norm_clip as per_example_layer_norm_clip,
-)
-from optclip.clipping.resuming import Adopted as Adopted
-from optclip.clipping.resuming import adopt_state as adopt_state
+Grouped by concept, like the README: rules with a given limit, rules that set their own,
+the parts that rules are made of, per-example sums, and numbers and state.
+"""
 
 # Rules with a fixed or scheduled limit.
 from optclip.clipping.rules import clip_by_block_rms as clip_by_block_rms
@@ -32,3 +11,41 @@ from optclip.clipping.rules import clip_by_norm as clip_by_norm
 from optclip.clipping.rules import monitor as monitor
 from optclip.clipping.values import clip as clip
 from optclip.clipping.values import clip_by_value as clip_by_value
+
+# Rules that set their own limit, and the guard around an optimizer.
+from optclip.clipping.adaptive import adagc as adagc
+from optclip.clipping.adaptive import adaptive_grad_clip as adaptive_grad_clip
+from optclip.clipping.adaptive import autoclip as autoclip
+from optclip.clipping.adaptive import norm_growth_clip as norm_growth_clip
+from optclip.clipping.adaptive import quantile_clip as quantile_clip
+from optclip.clipping.adaptive import second_moment_clip as second_moment_clip
+from optclip.clipping.adaptive import spike_clip as spike_clip
+from optclip.clipping.adaptive import zclip as zclip
+from optclip.clipping.skipping import SkipState as SkipState
+from optclip.clipping.skipping import skip_step as skip_step
+
+# The parts that rules are made of.
+from optclip.clipping import actions as actions
+from optclip.clipping import groupings as groupings
+from optclip.clipping import measures as measures
+from optclip.clipping import thresholds as thresholds
+from optclip.clipping.engine import ClipState as ClipState
+from optclip.clipping.engine import clip_by as clip_by
+
+# Sums of clipped per-example gradients.
+from optclip.clipping.per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+)
+from optclip.clipping.per_example import (
+    per_example_layer_norm_clip as per_example_layer_norm_clip,
+)
+
+# Numbers, state and selection.
+from optclip._paths import mask as mask
+from optclip.clipping.metrics import ClipMetrics as ClipMetrics
+from optclip.clipping.metrics import SkipMetrics as SkipMetrics
+from optclip.clipping.metrics import metrics as metrics
+from optclip.clipping.norms import global_norm as global_norm
+from optclip.clipping.norms import leaf_norms as leaf_norms
+from optclip.clipping.resuming import Adopted as Adopted
+from optclip.clipping.resuming import adopt_state as adopt_state

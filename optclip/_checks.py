@@ -7,19 +7,58 @@ Factories call them on the numbers a user typed. Tracers and JAX arrays pass (ch
 them would wait for the device at every step); so do the schedules of `limit_like`.
 """
 
+import contextlib
+import contextvars
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+_caller: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "caller", default=None
+)
+
+
+@contextlib.contextmanager
+def inside(rule: str) -> Iterator[None]:
+    """Messages from within name this rule: the one that the user called."""
+    token = _caller.set(_caller.get() or rule)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
 
 def non_negative(rule: str, **named: Any) -> None:
     """Raises unless each value is a real number >= 0; infinity is allowed."""
     _number(rule, "non-negative", lambda value: value >= 0, **named)
+
+
+def positive(rule: str, **named: Any) -> None:
+    """Raises unless each value is a real number > 0."""
+    _number(rule, "positive", lambda value: value > 0, **named)
+
+
+def fraction(rule: str, **named: Any) -> None:
+    """Raises unless each value is a real number in [0, 1), as decays are."""
+    _number(rule, "in [0, 1)", lambda value: 0 <= value < 1, **named)
+
+
+def between(rule: str, low: float, high: float, **named: Any) -> None:
+    """Raises unless each value is a real number in [low, high]."""
+    wanted = f"in [{low}, {high}]"
+    _number(rule, wanted, lambda value: low <= value <= high, **named)
+
+
+def at_least(rule: str, low: int, **named: Any) -> None:
+    """Raises unless each value is a Python integer >= low."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise _error(rule, name, f"an integer of at least {low}", repr(value))
 
 
 def real(rule: str, **named: Any) -> None:
@@ -84,4 +123,4 @@ def _number(rule: str, wanted: str, holds: Callable[[Any], bool], **named: Any) 
 
 
 def _error(rule: str, name: str, wanted: str, got: str) -> ValueError:
-    return ValueError(f"{rule}: {name} must be {wanted}, got {got}.")
+    return ValueError(f"{_caller.get() or rule}: {name} must be {wanted}, got {got}.")

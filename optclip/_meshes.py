@@ -6,8 +6,8 @@ over the whole array, and a replicated leaf is counted once. `axis_name` replace
 reading of types where they say nothing (`pmap`, `check_vma=False`) or something else
 than meant (gradients before their reduction, all_gathered leaves).
 
-Maxima are taken here too, under `jit` as well: XLA's all-reduce of floats forgets a NaN
-that another device holds (its CPU and NCCL's maximum return the other number).
+Maxima need care under `jit` as well: an all-reduce of them may forget the NaN of one
+device (XLA:CPU's does, and NCCL's is free to), which a sum beside them remembers.
 """
 
 import functools
@@ -70,50 +70,32 @@ def from_all(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
     return jax.lax.psum(jnp.where(own, x[None], jnp.zeros_like(x)[None]), axes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def largest(
-    x: jax.Array, axis: tuple[int, ...] | None = None, keepdims: bool = False
-) -> jax.Array:
-    """The maximum of non-negative numbers in one array, NaN if any is NaN."""
-    return _from_bits(jnp.max(_bits(x), axis=axis, keepdims=keepdims), x.dtype)
+def remembering(largest: jax.Array, total: jax.Array) -> jax.Array:
+    """A maximum, or NaN where the total of the same numbers' squares is NaN."""
+    return jnp.where(jnp.isnan(total), jnp.nan, largest)
 
 
-@largest.defjvp
-def _largest_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
-    (x,), (d_x,) = primals, tangents
-    top = largest(x, axis, keepdims)
-    shared = x == largest(x, axis, True)
-    d_top = jnp.sum(jnp.where(shared, d_x, 0), axis=axis, keepdims=keepdims)
-    return top, d_top / jnp.maximum(_number(shared, d_x, axis, keepdims), 1)
-
-
-def _number(flags: jax.Array, like: jax.Array, axis: Any, keepdims: bool) -> jax.Array:
-    return jnp.sum(flags, axis=axis, keepdims=keepdims, dtype=like.dtype)
+def largest(x: jax.Array) -> jax.Array:
+    """The maximum of few non-negative numbers, NaN if any is NaN."""
+    return remembering(jnp.max(x), jnp.sum(jnp.square(x)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest_across(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
     """The maximum of non-negative numbers over mesh axes, NaN if any is NaN."""
-    return _from_bits(jax.lax.pmax(_bits(x), axes), x.dtype)
+    # As integers these have the same order, and every NaN is at the top.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jax.lax.pmax(bits, axes), x.dtype)
 
 
 @largest_across.defjvp
 def _largest_across_jvp(axes: tuple[Hashable, ...], primals: Any, tangents: Any) -> Any:
+    # JAX has no derivative of pmax. Devices that share the maximum share its tangent.
     (x,), (d_x,) = primals, tangents
     top = largest_across(x, axes)
     shared = x == top
-    d_top = jax.lax.psum(jnp.where(shared, d_x, 0), axes)
-    return top, d_top / jnp.maximum(jax.lax.psum(shared.astype(d_x.dtype), axes), 1)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    """Integers in the order of non-negative floats, with every NaN at the top."""
-    kind = jnp.dtype(f"int{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(jnp.abs(x), kind)  # abs: NaN has a sign too
-
-
-def _from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(bits, dtype)
+    d_sum = jax.lax.psum(jnp.where(shared, d_x, 0), axes)
+    return top, d_sum / jnp.maximum(jax.lax.psum(shared.astype(x.dtype), axes), 1)
 
 
 def _is_axes(value: Any) -> bool:

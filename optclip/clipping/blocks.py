@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from optclip import _meshes, _numerics, _paths
 from optclip.clipping.groupings import Grouping
-from optclip.clipping.measures import Measure, fold, max_abs
+from optclip.clipping.measures import MAX, Measure, fold, l2, max_abs
 
 
 class Member(NamedTuple):
@@ -38,6 +38,7 @@ class Member(NamedTuple):
 class Group(NamedTuple):
     """The leaves measured together, and how many elements they have on all devices."""
 
+    label: str  # a leaf's path where groups lie within leaves
     members: tuple[Member, ...]
     count: int
 
@@ -64,14 +65,17 @@ def gather(rule: str, tree: Any, grouping: Grouping, axis_name: Any) -> Gathered
     shapes = {path: leaf.shape for _, path, leaf in named}
     given_axes = _meshes.axes_of(rule, axis_name)
 
-    by_label: dict[Any, list[Member]] = {}
+    by_label: dict[str, list[Member]] = {}
     for index, path, leaf in named:
         axes = grouping.axes(path, leaf.shape, shapes)
         mesh = _mesh_axes(rule, grouping, path, leaf, given_axes(path))
-        label = index if grouping.label is None else grouping.label(path)
+        label = path if grouping.label is None else grouping.label(path)
         by_label.setdefault(label, []).append(Member(index, path, leaf, axes, mesh))
 
-    groups = [Group(tuple(members), _count(members)) for members in by_label.values()]
+    groups = [
+        Group(label, tuple(members), _count(members))
+        for label, members in by_label.items()
+    ]
     return Gathered(
         leaves=leaves,
         treedef=treedef,
@@ -168,6 +172,7 @@ def _reduced(
     keepdims: bool,
     wide: Any,
 ) -> jax.Array:
+    leaf = x
     if unit is None:
         x = _numerics.for_measuring(x, wide)
     else:
@@ -177,7 +182,17 @@ def _reduced(
     summands = measure.lift(x)
     if not axes:
         return summands
-    return measure.combine.reduce(summands, axis=axes, keepdims=keepdims)
+    total = measure.combine.reduce(summands, axis=axes, keepdims=keepdims)
+    if measure.combine is MAX:
+        squares = _squares_beside(leaf, wide)
+        total = _meshes.remembering(total, jnp.sum(squares, axes, keepdims=keepdims))
+    return total
+
+
+def _squares_beside(leaf: jax.Array, wide: Any) -> jax.Array:
+    """Squares that share no widened copy with any other reduction of the leaf."""
+    barred, _ = jax.lax.optimization_barrier((leaf, jnp.zeros((2,))))
+    return l2.lift(_numerics.widen(barred, wide))
 
 
 def _across(
@@ -202,8 +217,8 @@ def stacked(gathered: Gathered, by_group: list[jax.Array]) -> list[jax.Array]:
     return [jnp.stack(by_group)] if by_group else [jnp.zeros((1,), gathered.wide)]
 
 
-def apart(gathered: Gathered) -> list[jax.Array]:
-    """The sizes of single elements, once more, to be reduced.
+def apart(gathered: Gathered) -> list[tuple[jax.Array, jax.Array]]:
+    """The sizes of single elements, once more, to be reduced; and their sum of squares.
 
     XLA:CPU writes |x| to memory if a reduction shares it with the clipping itself. All
     leaves stand behind one barrier, which is none of those in `for_measuring`: equal
@@ -211,7 +226,13 @@ def apart(gathered: Gathered) -> list[jax.Array]:
     """
     leaves = [group.members[0].leaf for group in gathered.groups]
     barred, _ = jax.lax.optimization_barrier((leaves, jnp.zeros(())))
-    return [jnp.abs(_numerics.widen(leaf, gathered.wide)) for leaf in barred]
+    return [
+        (
+            jnp.abs(_numerics.widen(again, gathered.wide)),
+            jnp.sum(_squares_beside(leaf, gathered.wide)),
+        )
+        for leaf, again in zip(leaves, barred, strict=True)
+    ]
 
 
 def unstacked(gathered: Gathered, by_block: list[jax.Array]) -> list[jax.Array]:

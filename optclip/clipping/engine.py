@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _meshes
-from optclip.clipping import blocks, metrics
+from optclip.clipping import blocks, measuring, metrics
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.groupings import Grouping, whole
 from optclip.clipping.measures import Measure, l2, max_abs
 from optclip.clipping.metrics import ClipMetrics
-from optclip.clipping.thresholds import Seen, Threshold
+from optclip.clipping.thresholds.base import Seen, Threshold
 
 
 class ClipState(NamedTuple):
@@ -118,7 +118,8 @@ def clip_by(
                 _unpack(gathered, threshold, state),
                 strict=True,
             ):
-                seen = Seen(jnp.zeros(shape, gathered.wide), step, gathered.names)
+                zeros = jnp.zeros(shape, gathered.wide)
+                seen = Seen(zeros, step, gathered.names, zeros, zeros.sum())
                 threshold.limit(own, seen)
         return ClipState(state, metrics.start(gathered.wide))
 
@@ -134,9 +135,22 @@ def clip_by(
         gathered = blocks.gather("clip_by", updates, grouping, axis_name)
         states = _unpack(gathered, threshold, state.threshold)
 
+        beside = [None] * len(states)
+        if threshold.needs_params and gathered.groups:
+            beside = measuring.param_sizes(
+                gathered, params, measure, grouping, axis_name
+            )
+
         def see(sizes: list[jax.Array]) -> list[Seen]:
-            step = state.metrics.steps
-            return [Seen(size, step, gathered.names) for size in sizes]
+            whole = None
+            if threshold.needs_whole:
+                apart = blocks.unstacked(gathered, sizes)
+                whole = measuring.whole_size(gathered, measure, apart)
+            step, names = state.metrics.steps, gathered.names
+            return [
+                Seen(size, step, names, own, whole)
+                for size, own in zip(sizes, beside, strict=True)
+            ]
 
         def judge(sizes: list[jax.Array]) -> list[jax.Array | None]:
             limits = [

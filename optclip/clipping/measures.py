@@ -41,7 +41,7 @@ class Combine(NamedTuple):
 
 
 SUM = Combine(jnp.sum, jnp.add, jax.lax.psum)
-MAX = Combine(_meshes.largest, jnp.maximum, _meshes.largest_across)
+MAX = Combine(jnp.max, jnp.maximum, _meshes.largest_across)
 
 
 class Measure(NamedTuple):
@@ -53,12 +53,15 @@ class Measure(NamedTuple):
       lower: (total, count) to size; count is a Python number.
       power: the exponent p of the summands, which decides when they overflow; None if
         summands are as large as the size itself.
+      averages: whether the size is a mean, so that in a union every group weighs as
+        many elements as it has.
     """
 
     lift: Callable[[jax.Array], jax.Array]
     combine: Combine
     lower: Callable[[jax.Array, float], jax.Array]
     power: float | None = None
+    averages: bool = False
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -79,6 +82,7 @@ rms = Measure(
     combine=SUM,
     lower=lambda total, count: _numerics.safe_sqrt(total / max(count, 1)),
     power=2.0,
+    averages=True,
 )
 
 l1 = Measure(lift=jnp.abs, combine=SUM, lower=lambda total, count: total)

@@ -37,6 +37,18 @@ class ClipMetrics(NamedTuple):
     nonfinite_steps: jax.Array
 
 
+class SkipMetrics(NamedTuple):
+    """The counters of `skip_step`.
+
+    Attributes:
+      skipped_steps: how many steps were dropped, int32.
+      consecutive_skips: how many of them in a row, up to now, int32.
+    """
+
+    skipped_steps: jax.Array
+    consecutive_skips: jax.Array
+
+
 class _Summary(NamedTuple):
     """One or more blocks, as scalars."""
 
@@ -62,7 +74,7 @@ def start(wide: Any) -> ClipMetrics:
 
 def after(
     old: ClipMetrics,
-    sizes: list[jax.Array],
+    sizes: list[Any],
     limits: list[Any],
     grouping: Grouping,
 ) -> ClipMetrics:
@@ -70,8 +82,8 @@ def after(
     elementwise = grouping.is_elementwise
     by_axes: dict[tuple[Any, ...], _Summary] = {}
     for size, limit in zip(sizes, limits, strict=True):
-        limit = jnp.asarray(jnp.inf if limit is None else limit, size.dtype)
-        block = (_element_summary if elementwise else _summary)(size, limit)
+        limit = jnp.asarray(jnp.inf if limit is None else limit, old.limit.dtype)
+        block = _element_summary(*size, limit) if elementwise else _summary(size, limit)
         axes = _meshes.varying_axes(block.size)
         both = _worse(by_axes[axes], block) if axes in by_axes else block
         by_axes[axes] = both
@@ -84,6 +96,9 @@ def after(
         return old._replace(steps=steps)
 
     fraction = overall.clipped / overall.count
+    clipped = overall.clipped > 0
+    if elementwise:  # on any mesh: the devices without the NaN see clipping
+        clipped &= ~jnp.isnan(overall.ratio)
     unknown = jnp.full((), jnp.nan) if elementwise else None
 
     def keep(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -94,7 +109,7 @@ def after(
         limit=keep(overall.limit, old.limit),
         clipped_fraction=keep(fraction, old.clipped_fraction),
         steps=steps,
-        clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
+        clipped_steps=_count(old.clipped_steps, clipped),
         nonfinite_steps=_count(old.nonfinite_steps, overall.nonfinite > 0),
     )
 
@@ -137,14 +152,14 @@ def _furthest(
 
 
 @jax.jit
-def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
+def _element_summary(size: jax.Array, squares: jax.Array, limit: jax.Array) -> _Summary:
     # As large as the leaf, and XLA:CPU writes a comparison or a selection to memory
     # before it reduces it: so plain maxima only.
     bound = jnp.maximum(limit, 0)
-    largest = _meshes.largest(size)
+    largest = _meshes.remembering(jnp.max(size), squares)
     over = largest > bound
     if bound.ndim > 0:
-        over = _meshes.largest(jnp.maximum(size - bound, 0)) > 0
+        over = _meshes.remembering(jnp.max(size - bound), squares) > 0
     return _Summary(
         ratio=largest,
         size=largest,
@@ -205,11 +220,11 @@ def metrics(opt_state: Any, separator: str = "/") -> dict[str, jax.Array]:
     0/nonfinite_steps 0
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda node: isinstance(node, ClipMetrics)
+        opt_state, is_leaf=lambda node: isinstance(node, ClipMetrics | SkipMetrics)
     )
     found: dict[str, jax.Array] = {}
     for keys, node in flat:
-        if not isinstance(node, ClipMetrics):
+        if not isinstance(node, ClipMetrics | SkipMetrics):
             continue
         prefix = _paths.names(keys)[:-1]  # without the field that holds the metrics
         for field, value in zip(node._fields, node, strict=True):

@@ -91,7 +91,15 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
                 )
         if not _holds_states(new.value):
             return new.value
-        return _rebuilt(new.value, [adopt(child, scope) for child in children.values()])
+        # Names decide where both sides have them: of a named chain, of partitions.
+        named = isinstance(new.value, dict)
+        twins = [_children(old) for old in free if isinstance(old.value, dict)]
+        twin = next((t for t in twins if named and t.keys() & children.keys()), {})
+        first = {k: adopt(children[k], twin[k]) for k in children if k in twin}
+        return _rebuilt(
+            new.value,
+            [first[k] if k in first else adopt(children[k], scope) for k in children],
+        )
 
     state = adopt(_Part((), new_state), _Part((), old_state))
     fresh = [p for p in _signature(new_state) if not any(_inside(p, k) for k in kept)]

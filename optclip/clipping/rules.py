@@ -14,7 +14,7 @@ from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
 from optclip.clipping.groupings import Grouping, per_leaf, whole
 from optclip.clipping.measures import Measure, l2, rms
-from optclip.clipping.thresholds import from_limit, unlimited
+from optclip.clipping.thresholds.fixed import from_limit, unlimited
 
 Limit = ArrayLike | optax.Schedule
 

@@ -33,6 +33,7 @@ class Row(NamedTuple):
       batched: whether leaves need a common leading axis.
       has_metrics: whether its state holds `ClipMetrics`, or the reason not.
       complex: whether it takes complex leaves, or the reason not.
+      least_limit: positive limits below it may not give the oracle's outputs.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     batched: bool = False
     has_metrics: bool | str = True
     complex: bool | str = True
+    least_limit: float = 0.0
 
 
 def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Callable:
@@ -122,6 +124,9 @@ ROWS = [
         public="clip_by_global_norm",
         argument="max_norm",
         identity=EPS,
+        # Below div_eps even a group of size 0 shrinks, and so one whose squares vanish,
+        # which no rescaling from size 0 can express.
+        least_limit=1e-6,
     ),
     Row(
         "clip_by_norm",

@@ -5,7 +5,6 @@ numbers; and an output is what NumPy computes in float64, so that no finite inpu
 lost to an intermediate that overflows or vanishes.
 """
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,67 +26,61 @@ def below_normal(dtype, measure, count):
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
 @given(data=st.data())
 def test_bound(row, dtype, data):
-    """No group is larger than its limit."""
+    """No group is larger than its limit, and no output is lost on the way."""
     case = data.draw(trees.cases(row, dtype))
     out, _ = trees.run(row, case)
-    measure = row.oracle.get("measure", "l2")
-    eps = float(trees.info(dtype).eps)
+    limit, measure = float(case.limit), row.oracle.get("measure", "l2")
+    eps, tiny = float(trees.info(dtype).eps), float(trees.info(dtype).smallest_normal)
     for group, size in zip(
         trees.groups_of(row, out), trees.sizes_of(row, out), strict=True
     ):
         count = trees.values(out, group).size
         slack = below_normal(dtype, measure, count)
-        assert size <= float(case.limit) * (1 + 4 * eps) + slack
+        assert size <= limit * (1 + 4 * eps) + slack
 
-
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
-@given(data=st.data())
-def test_nothing_is_lost(row, dtype, data):
-    """Every output is the oracle's: finite, and zero only where that is due."""
-    case = data.draw(trees.cases(row, dtype))
-    out, _ = trees.run(row, case)
-    expected, _ = fixed.clip(case.tree, float(case.limit), **row.oracle)
-    eps, tiny = float(trees.info(dtype).eps), float(trees.info(dtype).smallest_normal)
+    if 0 < limit < row.least_limit:
+        return
+    expected, _ = fixed.clip(case.tree, limit, **row.oracle)
     for path, value in out.items():
-        assert value.dtype == case.tree[path].dtype
         # The size costs up to four units and the rounding a half; below the normal
-        # numbers, anything down to a flush to zero. A complex number by its modulus.
+        # numbers, anything down to a flush to zero, of both parts of a complex number.
         off = np.abs(trees.wide(value) - expected[path])
-        assert np.all(off <= 5 * eps * np.abs(expected[path]) + tiny), path
+        assert np.all(off <= 5 * eps * np.abs(expected[path]) + 1.5 * tiny), path
 
 
-@pytest.mark.parametrize("row", rows("clip", "elementwise"))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("row", rows("clip"))
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"), [("float32", 1.0), ("bfloat16", 1e25), ("float32", 1e-25)]
+)
 def test_bound_of_large_leaves(row, dtype, magnitude):
-    """A float32 sum of 2^18 squares is as exact as a small one."""
+    """A float32 sum of 2^17 squares is as exact as a small one, in either pass."""
+    if row.oracle["grouping"] == "element":
+        pytest.skip("a group is one element, however large the leaf")
     rng = np.random.default_rng(0)
-    big = (rng.uniform(0.5, 1.0, (2048, 128)) * magnitude).astype(dtype)
+    big = (rng.uniform(0.5, 1.0, (2048, 64)) * magnitude).astype(dtype)
     tree = {"a/kernel": big, "b/kernel": big[:, :2]}
     limit = np.float32(magnitude / 64)
     out, _ = trees.run(row, Case(tree, limit))
     eps = float(trees.info(dtype).eps)
-    if row.oracle["grouping"] == "element":  # one vectorised comparison, not 2^18
-        largest = max(np.abs(trees.wide(value)).max() for value in out.values())
-        assert largest <= float(limit) * (1 + 4 * eps)
-        return
     for size in trees.sizes_of(row, out):
-        assert 0.9 * float(limit) <= size <= float(limit) * (1 + 4 * eps)
+        assert size <= float(limit) * (1 + 4 * eps)
+        if row.identity is True:  # others may be far below their limit
+            assert size >= 0.99 * float(limit)
 
 
 @pytest.mark.parametrize("row", rows("clip"))
-@pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
-def test_bound_of_mixed_dtypes(row, narrow):
+def test_bound_of_mixed_dtypes(row):
     """Leaves of several dtypes in one group: the coarsest says how exact it can be."""
     rng = np.random.default_rng(1)
+    dtypes = ("float32", "bfloat16", "float16", "float32")
     shapes = trees.BATCHED if row.batched else trees.SHAPES
     tree = {
-        path: rng.normal(size=shape).astype(narrow if index % 2 else np.float32)
-        for index, (path, shape) in enumerate(shapes.items())
+        path: rng.normal(size=shape).astype(dtype)
+        for (path, shape), dtype in zip(shapes.items(), dtypes, strict=False)
     }
     limit = np.float32(0.125)
     out, state = trees.run(row, Case(tree, limit))
-    assert jax.tree.map(np.result_type, out) == jax.tree.map(np.result_type, tree)
+    assert {p: x.dtype for p, x in out.items()} == {p: x.dtype for p, x in tree.items()}
     assert state.metrics.size.dtype == np.float32
-    eps = float(trees.info(narrow).eps)
+    eps = float(trees.info("bfloat16").eps)
     assert max(trees.sizes_of(row, out)) <= float(limit) * (1 + 4 * eps)

@@ -1,8 +1,4 @@
-"""How big may a group be: the limit at this step.
-
-A threshold is up to three small functions on one block of groups. `limit` gives the
-limit from its state and from what it sees, `observe` gives the next state, and `init`
-the first. The engine never lets it observe a group that is not finite.
+"""Limits that are given: numbers, schedules, one for each named group, the smallest.
 
 | threshold | limit |
 |---|---|
@@ -13,8 +9,7 @@ the first. The engine never lets it observe a group that is not finite.
 | `tightest(a, b, …)` | the smallest of several |
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,36 +18,7 @@ from jax.typing import ArrayLike
 
 from optclip import _checks, _paths
 from optclip.clipping.measures import fold
-
-
-class Seen(NamedTuple):
-    """What a threshold sees of one block.
-
-    Attributes:
-      size: the size of each group, float32 or float64, in the block's shape.
-      step: how many updates came before, an int32 scalar.
-      names: the groups' names where they have any (`per_leaf`, `per_label`).
-    """
-
-    size: jax.Array
-    step: jax.Array
-    names: tuple[str, ...] | None = None
-
-
-class Threshold(NamedTuple):
-    """How big a group may be; see this module's docstring.
-
-    Attributes:
-      limit: (state, seen) to the limits, a scalar or an array of the block's shape, or
-        None for no limit at all.
-      init: seen (sizes all zero) to the first state, or None for a threshold without
-        state. The trailing axes of every array in the state are the block's.
-      observe: (state, seen, limit) to the next state.
-    """
-
-    limit: Callable[[Any, Seen], Any]
-    init: Callable[[Seen], Any] | None = None
-    observe: Callable[[Any, Seen, Any], Any] = lambda state, seen, limit: state
+from optclip.clipping.thresholds.base import Seen, Threshold
 
 
 def constant(limit: ArrayLike) -> Threshold:

@@ -1,0 +1,97 @@
+"""Law 2: a group within its limit comes out bit for bit as it went in.
+
+And the ends of the scale: an infinite limit changes nothing, a limit of 0 gives zeros,
+a group of size 0 stays zero under every limit.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.laws import trees
+from tests.laws.trees import Case, combinations
+
+
+def with_subnormals(tree):
+    """The zeros that are negative become the smallest subnormal numbers instead."""
+    out = {}
+    for path, x in tree.items():
+        negative_zero = (x.real == 0) & np.signbit(x.real)
+        smallest = trees.info(x.dtype).smallest_subnormal
+        out[path] = np.where(negative_zero, smallest, x).astype(x.dtype)
+    return out
+
+
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@given(data=st.data())
+def test_within_limit(row, dtype, data):
+    """Negative zeros and subnormal numbers included."""
+    if row.identity is not True:
+        pytest.skip(row.identity)
+    tree, limit = data.draw(trees.cases(row, dtype))
+    if data.draw(st.booleans(), label="subnormal"):
+        tree = with_subnormals(tree)
+    out, _ = trees.run(row, Case(tree, limit))
+    # A size is known to a few units of its own dtype.
+    known = 1 + 8 * float(np.finfo(limit.dtype).eps)
+    for group, size in zip(
+        trees.groups_of(row, tree), trees.sizes_of(row, tree), strict=True
+    ):
+        if size * known <= float(limit):
+            assert trees.bits(out, group) == trees.bits(tree, group)
+
+
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@given(data=st.data())
+def test_infinite_limit(row, dtype, data):
+    """Whatever the action: nothing changes."""
+    tree = data.draw(trees.trees(row, dtype))
+    out, _ = trees.run(row, Case(tree, trees.wide_dtype(dtype)(np.inf)))
+    for path, x in tree.items():
+        assert out[path].tobytes() == x.tobytes(), path
+
+
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@given(data=st.data())
+def test_limit_zero(row, dtype, data):
+    """Everything becomes zero, at every magnitude."""
+    tree = data.draw(trees.trees(row, dtype))
+    out, _ = trees.run(row, Case(tree, trees.wide_dtype(dtype)(0.0)))
+    for path, x in out.items():
+        assert np.all(x == 0), path
+
+
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@pytest.mark.parametrize("limit", [0.0, 1e-30, 1.0, 1e37, np.inf])
+def test_size_zero(row, dtype, limit):
+    """Zeros stay zeros, never NaN, and negative ones negative."""
+    shapes = trees.BATCHED if row.batched else trees.SHAPES
+    tree = {
+        path: np.copysign(0.0, np.arange(np.prod(shape)).reshape(shape) % 2 - 0.5)
+        for path, shape in shapes.items()
+    }
+    tree = {path: np.asarray(x).astype(dtype) for path, x in tree.items()}
+    out, state = trees.run(row, Case(tree, trees.wide_dtype(dtype)(limit)))
+    for path, x in tree.items():
+        assert np.all(out[path] == 0), path
+        # Zero is within a limit of zero too; for a clamp its bounds -0 and 0 are equal.
+        if row.kind == "clip":
+            assert out[path].tobytes() == x.tobytes(), path
+    if row.has_metrics is True:
+        assert state.metrics.clipped_steps == state.metrics.nonfinite_steps == 0
+
+
+@pytest.mark.parametrize(("row", "dtype"), combinations("measuring"))
+@given(data=st.data())
+def test_measuring_changes_nothing(row, dtype, data):
+    """Not at any magnitude, and the size it reports is the oracle's."""
+    tree, limit = data.draw(trees.cases(row, dtype))
+    out, state = trees.run(row, Case(tree, limit))
+    for path, x in tree.items():
+        assert out[path].tobytes() == x.tobytes(), path
+    largest = max(trees.sizes_of(row, tree))
+    eps = float(np.finfo(limit.dtype).eps)
+    np.testing.assert_allclose(state.metrics.size, largest, rtol=8 * eps)
+    assert state.metrics.limit == np.inf
+    assert state.metrics.clipped_fraction == 0

@@ -1,0 +1,96 @@
+"""Law 7: differentiating through a transform is finite for every finite input.
+
+Hyperparameter search and learned optimizers differentiate through the clip, by the
+updates and by the limit, in both modes, at zero gradients and at extreme magnitudes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.laws import trees
+from tests.laws.table import ROWS, rows
+from tests.laws.trees import combinations
+
+
+def weighted(row, tree, limit):
+    """A number that depends on every output, by weights in [-1, 1]."""
+    out, _ = row.build(limit).update(tree, None)
+    wide = limit.dtype
+    total = jnp.zeros((), wide)
+    for number, x in enumerate(out.values()):
+        weights = jnp.sin(1.0 + number + jnp.arange(x.size, dtype=wide))
+        for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+            total += jnp.sum(part.astype(wide).ravel() * weights)
+    return total
+
+
+@functools.cache
+def derivatives(name):
+    """The gradient by tree and limit, and the tangent of every output."""
+    (row,) = [row for row in ROWS if row.name == name]
+
+    @jax.jit
+    def both(tree, limit):
+        function = functools.partial(weighted, row)
+        gradient = jax.grad(function, argnums=(0, 1))(tree, limit)
+        tangents = (jax.tree.map(jnp.ones_like, tree), jnp.ones_like(limit))
+        _, tangent = jax.jvp(
+            lambda t, c: row.build(c).update(t, None)[0], (tree, limit), tangents
+        )
+        return gradient, tangent
+
+    return both
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    combinations(
+        "clip", "elementwise", "measuring", dtypes=("float32", "bfloat16", "complex64")
+    ),
+)
+@given(data=st.data())
+def test_finite(row, dtype, data):
+    """By updates and by limit, in reverse and in forward mode."""
+    case = data.draw(trees.cases(row, dtype))
+    gradient, tangent = jax.device_get(derivatives(row.name)(*case))
+    for x in jax.tree.leaves((gradient, tangent)):
+        assert np.all(np.isfinite(trees.wide(x)))
+
+
+@pytest.mark.parametrize("row", rows("clip", "elementwise", "measuring"))
+@pytest.mark.parametrize("limit", [0.0, 1e-30, 1.0, 1e37, np.inf])
+def test_finite_at_zero(row, limit):
+    """Where norms and roots have no derivative."""
+    shapes = trees.BATCHED if row.batched else trees.SHAPES
+    tree = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    gradient, tangent = jax.device_get(derivatives(row.name)(tree, np.float32(limit)))
+    for x in jax.tree.leaves((gradient, tangent)):
+        assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize("row", rows("clip", "elementwise", "measuring"))
+@pytest.mark.parametrize("magnitude", [1e-120, 1.0, 1e120])
+def test_right(row, magnitude):
+    """The derivative is the one that differences show, in float64."""
+    rng = np.random.default_rng(5)
+    shapes = trees.BATCHED if row.batched else trees.SHAPES
+    unit = {path: rng.uniform(0.2, 1, shape) for path, shape in shapes.items()}
+    along = {path: rng.uniform(-1, 1, shape) for path, shape in shapes.items()}
+
+    @jax.jit
+    def value(step):
+        tree = {p: (unit[p] + step * along[p]) * magnitude for p in unit}
+        limit = (0.57 + 0.3 * step) * magnitude
+        return weighted(row, tree, limit) / magnitude
+
+    with trees.in_x64(np.float64):
+        step = np.float64(1e-6)
+        by_difference = (value(step) - value(-step)) / (2 * step)
+        by_rule = jax.grad(value)(np.float64(0.0))
+        np.testing.assert_allclose(by_rule, by_difference, rtol=1e-7, atol=1e-8)

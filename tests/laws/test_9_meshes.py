@@ -1,0 +1,745 @@
+"""Law 9: the result on any mesh equals the unsharded result.
+
+Eight forced host devices stand in for a mesh. One tree, whose leaves lie on the axes
+of a 4x2 mesh in every way (over both, over one, over none), goes through every row
+under `jit` with Auto and Explicit axes and inside `shard_map`; what only some rows
+can do (units, named axes, `pmap`, the second pass, state) follows on smaller trees.
+"""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optclip
+from optclip import groupings, measures, thresholds
+from optclip.clipping.thresholds import Threshold
+from tests.laws.table import rows
+
+ROWS = rows("clip", "elementwise", "measuring")
+AXIS_TYPES = [
+    pytest.param(AxisType.Auto, id="auto"),
+    pytest.param(AxisType.Explicit, id="explicit"),
+]
+LIMIT = 0.5
+AXES = ("data", "model")
+
+SPECS = {
+    "a": {"bias": P("model"), "kernel": P("data", "model")},
+    "b": {"kernel": P(None, "data"), "scale": P()},
+    "c": {"half": P(AXES), "modulus": P("model"), "steps": P()},
+}
+# Examples lie on the leading axis, and only that one may be sharded without a sum.
+EXAMPLE_SPECS = jax.tree.map(lambda spec: P("data"), SPECS)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@functools.cache
+def _mesh(shape=(4, 2), axis_type=AxisType.Auto):
+    return jax.make_mesh(
+        shape,
+        AXES[: len(shape)],
+        axis_types=(axis_type,) * len(shape),
+        devices=jax.devices("cpu")[:8],
+    )
+
+
+def _within(mesh):
+    # `use_mesh` became `set_mesh` in jax 0.7.1.
+    return (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh)
+
+
+@functools.cache
+def _tree():
+    """Leading axes of 8, so that it is a batch of examples too."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=np.float32):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return {
+        "a": {"bias": normal(8), "kernel": normal(8, 8)},
+        "b": {"kernel": 3 * normal(8, 8), "scale": normal(8)},
+        "c": {
+            "half": normal(8, 2, dtype=jnp.bfloat16),
+            "modulus": jax.lax.complex(normal(8), normal(8)),
+            "steps": jnp.arange(8),
+        },
+    }
+
+
+def _arguments(row):
+    """Updates and parameters that the row takes."""
+    tree = _tree()
+    if row.complex is not True:
+        tree = tree | {"c": tree["c"] | {"modulus": tree["c"]["modulus"].real}}
+    return tree, jax.tree.map(lambda x: 2 * x, tree)
+
+
+def _placed(tree, specs, mesh):
+    return jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
+    )
+
+
+def _manual(function, in_specs, out_specs, shape=(8,), check_vma=True):
+    mesh = _mesh(shape)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+    )
+    return jax.jit(mapped)
+
+
+def _step(tx):
+    """One step, and its metrics: scalars, whatever the rule."""
+
+    def step(updates, params):
+        updates, state = tx.update(updates, tx.init(params), params)
+        return updates, optclip.metrics(state)
+
+    return step
+
+
+def _assert_equal(actual, expected, rtol=2e-6):
+    """Sums in another order move a factor by a few ulp, a bfloat16 by one."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+    def check(path, one, other):
+        rough = one.dtype == jnp.bfloat16
+        one, other = (np.asarray(x.astype(_exact(x))) for x in (one, other))
+        np.testing.assert_allclose(
+            one, other, rtol=2**-7 if rough else rtol, err_msg=str(path)
+        )
+
+    jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+def _exact(x):
+    return jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype
+
+
+@functools.cache
+def _unsharded(name):
+    (row,) = [param.values[0] for param in ROWS if param.values[0].name == name]
+    return jax.jit(_step(row.build(LIMIT)))(*_arguments(row))
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("row", ROWS)
+def test_jit_on_a_mesh(row, axis_type):
+    """Law 9 under `jit`; law 4 for shardings."""
+    mesh = _mesh(axis_type=axis_type)
+    specs = EXAMPLE_SPECS if row.batched else SPECS
+    updates, params = (_placed(tree, specs, mesh) for tree in _arguments(row))
+    with _within(mesh):
+        clipped, numbers = jax.jit(_step(row.build(LIMIT)))(updates, params)
+    _assert_equal((clipped, numbers), _unsharded(row.name))
+
+    def same_sharding(path, one, other):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+
+    jax.tree_util.tree_map_with_path(same_sharding, clipped, updates)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.values[0].oracle.get("grouping") != "unit"]
+)
+def test_shard_map(row):
+    """Types alone say what to sum over, and metrics come out replicated."""
+    specs = EXAMPLE_SPECS if row.batched else SPECS
+    step = _manual(_step(row.build(LIMIT)), (specs, specs), (specs, P()), (4, 2))
+    _assert_equal(step(*_arguments(row)), _unsharded(row.name))
+
+
+def test_each_leaf_is_summed_over_its_own_axes():
+    """Against NumPy, so that no sum is missing or counted twice on both sides."""
+    tree = _tree()
+    squares = {
+        path: np.sum(np.abs(np.asarray(x.astype(_exact(x))).astype(complex)) ** 2)
+        for path, x in (
+            ("a/bias", tree["a"]["bias"]),
+            ("a/kernel", tree["a"]["kernel"]),
+            ("b/kernel", tree["b"]["kernel"]),
+            ("b/scale", tree["b"]["scale"]),
+            ("c/half", tree["c"]["half"]),
+            ("c/modulus", tree["c"]["modulus"]),
+        )
+    }
+
+    def norms(updates):
+        rms = optclip.leaf_norms(updates, measure=measures.rms)
+        return optclip.global_norm(updates), optclip.leaf_norms(updates), rms
+
+    whole, leaves, rms = _manual(norms, (SPECS,), P(), (4, 2))(tree)
+    chex.assert_trees_all_close(whole, np.sqrt(sum(squares.values())), rtol=1e-6)
+    assert list(leaves) == list(squares)
+    sizes = {"a/bias": 8, "b/scale": 8, "c/half": 16, "c/modulus": 8}
+    for path, square in squares.items():
+        np.testing.assert_allclose(leaves[path], np.sqrt(square), rtol=1e-6)
+        mean = square / sizes.get(path, 64)
+        np.testing.assert_allclose(rms[path], np.sqrt(mean), rtol=1e-6)
+
+
+@pytest.mark.parametrize("grouping", [groupings.per_example(), groupings.per_element()])
+def test_examples_and_elements_never_sum(grouping):
+    """An example that is itself sharded is clipped part by part; nothing is sent."""
+    x = _normal(8, 8)
+    tx = optclip.clip_by(thresholds.constant(LIMIT), grouping=grouping)
+    spec = P(None, "data")
+    clip = _manual(lambda u: tx.update(u, None)[0], spec, spec)
+    parts = x.T[:, :, None]
+    expected = jax.jit(jax.vmap(lambda part: tx.update(part, None)[0]))(parts)
+    chex.assert_trees_all_close(clip(x), expected[:, :, 0].T, rtol=1e-6)
+    assert _collectives(clip, x) == 0
+
+
+def _normal(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# Units.
+
+
+def _unit_clip(axis_name=None, threshold=None):
+    return optclip.clip_by(
+        threshold or thresholds.constant(LIMIT),
+        grouping=groupings.per_unit(axes=0),
+        axis_name=axis_name,
+    )
+
+
+def test_units_on_a_mesh_need_axis_name():
+    step = _manual(_step(_unit_clip()), (P("data"),) * 2, (P("data"), P()))
+    with pytest.raises(ValueError, match=r"clip_by: axis_name must say .*'data'"):
+        step(_normal(8, 8), _normal(8, 8))
+
+
+def test_replicated_units_need_no_axis_name():
+    x = _normal(8, 8)
+    step = _manual(_step(_unit_clip()), P(), P())
+    _assert_equal(step(x, x), _step(_unit_clip())(x, x))
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "spec"),
+    [
+        pytest.param("model", P("model"), id="units extend over the mesh"),
+        pytest.param((), P(None, "model"), id="units are whole"),
+        pytest.param("model", P("model", "data"), id="one axis of each"),
+        pytest.param((), P(None, AXES), id="whole on two axes"),
+    ],
+)
+def test_units_with_axis_name(axis_name, spec):
+    x = _normal(8, 8) * jnp.arange(8.0)[None] / 4  # one unit is zero, some are within
+    expected = jax.jit(_step(_unit_clip()))(x, x)
+    assert 0 < expected[1]["clipped_fraction"] < 1
+    step = _manual(_step(_unit_clip(axis_name)), (spec, spec), (spec, P()), (4, 2))
+    _assert_equal(step(x, x), expected)
+
+
+# Named axes.
+
+NAMED = {"r": jnp.full((4,), 2.0), "w": {"u": jnp.arange(8.0), "v": jnp.ones((8, 2))}}
+NAMED_SPECS = {"r": P(), "w": P("data")}
+ON_ALL = {"r": (), "w": "data"}
+
+
+def _named_step(rule, axis_name=None):
+    tx = rule(LIMIT, axis_name=axis_name)
+    return lambda updates: tx.update(updates, tx.init(updates))
+
+
+def _named_clip(axis_name, check_vma):
+    step = _named_step(optclip.clip_by_global_norm, axis_name)
+
+    specs = (NAMED_SPECS, P())
+    return _manual(step, (NAMED_SPECS,), specs, check_vma=check_vma)(NAMED)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "check_vma"),
+    [
+        pytest.param(None, True, id="None"),
+        pytest.param(ON_ALL, True, id="prefix"),
+        pytest.param(ON_ALL, False, id="prefix-unchecked"),
+        pytest.param({"r": None, "w": ("data",)}, True, id="prefix-none"),
+        pytest.param({"r": None, "w": None}, True, id="all-none"),
+        pytest.param(
+            {"r": (), "w": {"u": "data", "v": ("data",)}}, False, id="full-unchecked"
+        ),
+        pytest.param({"r": None, "w": ["data"]}, False, id="list-unchecked"),
+    ],
+)
+def test_axis_name_forms(axis_name, check_vma):
+    expected = _named_step(optclip.clip_by_global_norm)(NAMED)
+    _assert_equal(_named_clip(axis_name, check_vma), expected)
+
+
+@pytest.mark.parametrize("axis_name", ["data", ("data",)])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_one_name_replaces_reading_types(axis_name, check_vma):
+    """It counts every leaf as spread, a replicated one eight times."""
+    counted = jnp.sqrt(8 * jnp.sum(NAMED["r"] ** 2) + _square(NAMED["w"]))
+    _, state = _named_clip(axis_name, check_vma)
+    np.testing.assert_allclose(state.metrics.size, counted, rtol=1e-6)
+
+
+def test_no_axes_means_every_device_for_itself():
+    tx = optclip.clip_by_global_norm(LIMIT, axis_name=())
+    step = _manual(_step(tx), (P("data"),) * 2, (P("data"), P()))
+    x = _normal(8, 4)
+    clipped, numbers = step(x, x)
+    chex.assert_trees_all_close(
+        jnp.linalg.norm(clipped, axis=1), jnp.full(8, LIMIT), rtol=1e-6
+    )
+    # The metrics are those of the worst device, on all of them.
+    largest = jnp.max(jnp.linalg.norm(x, axis=1))
+    np.testing.assert_allclose(numbers["size"], largest, rtol=1e-6)
+
+
+def test_axis_name_must_cover_every_leaf():
+    with pytest.raises(ValueError, match="axis_name must cover every leaf"):
+        _named_clip({"w": "data"}, True)
+
+
+def test_unbound_names_are_an_error_in_update_only():
+    """`init` runs outside of `pmap`, where the name means nothing; `update` cannot."""
+    tx = optclip.clip_by_global_norm(LIMIT, axis_name="data")
+    state = tx.init(NAMED)
+    with pytest.raises(NameError, match="data"):
+        tx.update(NAMED, state)
+
+
+def _square(tree):
+    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
+
+
+def _pmapped(function, *args, in_axes=0):
+    return jax.pmap(
+        function, axis_name="data", devices=jax.devices("cpu")[:8], in_axes=in_axes
+    )(*args)
+
+
+@pytest.mark.parametrize("init_inside", [True, False])
+def test_pmap(init_inside):
+    tx = optclip.clip_by_norm(LIMIT, axis_name=ON_ALL)
+    outside = tx.init(NAMED)
+
+    def step(updates):
+        return tx.update(updates, tx.init(updates) if init_inside else outside)
+
+    split = {"r": NAMED["r"], "w": jax.tree.map(lambda x: x[:, None], NAMED["w"])}
+    clipped, state = _pmapped(step, split, in_axes=({"r": None, "w": 0},))
+    expected, state_expected = _named_step(optclip.clip_by_norm)(NAMED)
+
+    def on_each(x):
+        return jnp.stack([x] * 8)
+
+    _assert_equal(clipped["r"], on_each(expected["r"]))
+    _assert_equal(state, jax.tree.map(on_each, state_expected))
+    joined = jax.tree.map(lambda x: x[:, 0], clipped["w"])
+    _assert_equal(joined, expected["w"])
+
+
+# Documented sharp edges.
+
+
+def test_all_gathered_leaves_still_count_as_varying():
+    """The same on all devices, but typed as varying: eight times too many squares."""
+
+    def norms(x):
+        whole = jax.lax.all_gather(x, "data", tiled=True)
+        by_name = optclip.global_norm({"x": whole}, axis_name={"x": ()})
+        return optclip.global_norm(whole), jax.lax.pmax(by_name, "data")
+
+    x = _normal(8)
+    by_type, by_name = _manual(norms, P("data"), P())(x)
+    np.testing.assert_allclose(by_type, np.sqrt(8) * np.linalg.norm(x), rtol=1e-6)
+    np.testing.assert_allclose(by_name, np.linalg.norm(x), rtol=1e-6)
+
+
+def test_gradients_before_their_reduction_vary_over_data():
+    """Each device's own gradient counts as part of one array, until it is averaged."""
+
+    def norms(weights, batch):
+        # Marked as varying: otherwise differentiation sums over the devices itself.
+        mine = weights + 0 * batch[0]
+        own = jax.grad(lambda w: jnp.sum(jnp.square(batch @ w)))(mine)
+        averaged = jax.lax.pmean(own, "data")
+        return optclip.global_norm(own), optclip.global_norm(averaged)
+
+    weights, batch = _normal(4), _normal(8, 4, seed=2)
+    each = jnp.stack([2 * (row @ weights) * row for row in batch])
+    before, after = _manual(norms, (P(), P("data")), P())(weights, batch)
+    np.testing.assert_allclose(before, np.linalg.norm(each), rtol=1e-5)
+    np.testing.assert_allclose(after, np.linalg.norm(each.mean(0)), rtol=1e-5)
+
+
+def test_pmap_shows_no_axes():
+    """Without a name every device clips its own shard."""
+    x = _normal(8, 4)
+    tx = optclip.clip_by_global_norm(LIMIT)
+    clipped, _ = _pmapped(lambda u: tx.update(u, None), x)
+    chex.assert_trees_all_close(
+        jnp.linalg.norm(clipped, axis=1), jnp.full(8, LIMIT), rtol=1e-6
+    )
+
+
+# The second pass: collectives inside a `lax.cond`.
+
+
+MEASURES = {"l2": measures.l2, "lp3": measures.lp(3), "max_abs": measures.max_abs}
+CONTEXTS = ["auto", "explicit", "shard_map", "pmap"]
+
+
+@functools.cache
+def _clip_in(context, measure):
+    """(x, limit) to the whole of x clipped, and the metrics."""
+
+    def step(x, limit, axis_name=None):
+        tx = optclip.clip_by_global_norm(
+            limit, measure=MEASURES[measure], axis_name=axis_name
+        )
+        return _step(tx)(x, x)
+
+    if context == "shard_map":
+        return _manual(step, (P("data"), P()), (P("data"), P()))
+    if context == "pmap":
+        named = functools.partial(step, axis_name="data")
+        return lambda x, limit: _pmapped(named, x, limit, in_axes=(0, None))
+    mesh = _mesh((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
+    step = jax.jit(step)
+
+    def run(x, limit):
+        with _within(mesh):
+            return step(jax.device_put(x, NamedSharding(mesh, P("data"))), limit)
+
+    return run
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("measure", ["l2", "lp3"])
+@pytest.mark.parametrize("magnitude", [1e25, 1e-30])
+def test_second_pass(magnitude, measure, context):
+    """Squares of these overflow, or vanish under a limit that is smaller still."""
+    x = _normal(8, 4) * np.float32(magnitude)
+    exact = np.asarray(x, np.float64)
+    power = {"l2": 2, "lp3": 3}[measure]
+    size = np.sum(np.abs(exact) ** power) ** (1 / power)
+    limit = 1e-3 * size
+    clipped, numbers = _clip_in(context, measure)(x, jnp.float32(limit))
+    np.testing.assert_allclose(clipped, exact * (limit / size), rtol=3e-6)
+    np.testing.assert_allclose(
+        numbers["size"], np.full_like(numbers["size"], size), 3e-6
+    )
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_shard_spoils_its_group_everywhere(bad, measure, context):
+    """Maxima, too: XLA:CPU's all-reduce of floats forgets a NaN."""
+    x = _normal(8, 4).at[5, 1].set(bad)
+    clipped, numbers = _clip_in(context, measure)(x, jnp.float32(LIMIT))
+    assert jnp.isnan(clipped).all()
+    np.testing.assert_array_equal(numbers["size"], jnp.full_like(numbers["size"], bad))
+    assert jnp.all(numbers["nonfinite_steps"] == 1)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_agree_on_the_second_pass(check_vma):
+    """Whole units of one device overflow, while units of another leaf need a sum.
+
+    Without a common answer the first device would wait in its branch for the others.
+    """
+    tree = {"split": jnp.ones((8, 2)), "whole": jnp.ones((2, 8)).at[0, 3].set(1e25)}
+    specs = {"split": P("data"), "whole": P(None, "data")}
+    tx = _unit_clip({"split": "data", "whole": ()})
+    clip = _manual(
+        lambda u: tx.update(u, None)[0], (specs,), specs, check_vma=check_vma
+    )
+    _assert_equal(clip(tree), _unit_clip().update(tree, None)[0])
+
+
+@pytest.mark.parametrize("context", ["auto", "explicit", "shard_map"])
+@pytest.mark.parametrize("grouping", ["unit", "example", "element"])
+def test_a_bad_shard_is_counted_everywhere(grouping, context):
+    """Groups of one shard spoil only themselves, and the metrics see them."""
+    chosen = {
+        "unit": groupings.per_unit(axes=1),
+        "example": groupings.per_example(),
+        "element": groupings.per_element(),
+    }[grouping]
+    tx = optclip.clip_by(thresholds.constant(LIMIT), grouping=chosen, axis_name=())
+    x = _normal(8, 4).at[5, 1].set(np.nan)
+    expected = jax.jit(_step(tx))(x, x)
+    assert expected[1]["nonfinite_steps"] == 1
+    if context == "shard_map":
+        result = _manual(_step(tx), (P("data"),) * 2, (P("data"), P()))(x, x)
+    else:
+        mesh = _mesh((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
+        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+        with _within(mesh):
+            result = jax.jit(_step(tx))(placed, placed)
+    _assert_equal(result, expected)
+
+
+# Collectives.
+
+
+def _collectives(function, *args):
+    """How many all-reduces and all-gathers run outside of conditional branches."""
+    text = function.lower(*args).compile().as_text()
+    called, number, entry, name = {}, {}, None, None
+    for line in text.splitlines():
+        start = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if start:
+            name = start[2]
+            entry = name if start[1] else entry
+            called[name], number[name] = set(), 0
+        elif name:
+            found = re.search(r" (all-reduce|all-gather|collective)[\w-]*\(", line)
+            number[name] += found is not None and "-done(" not in line
+            if " conditional(" not in line:
+                keys = r"(?:to_apply|calls|body|condition)=%?([\w.-]+)"
+                called[name].update(re.findall(keys, line))
+    reached, todo = set(), [entry]
+    while todo:
+        current = todo.pop()
+        if current not in reached:
+            reached.add(current)
+            todo.extend(called.get(current, ()))
+    return sum(number[name] for name in reached)
+
+
+def _many_leaves(specs):
+    return {f"{i:02}": spec for i, spec in enumerate(specs)}
+
+
+WHOLE, EACH = optclip.clip_by_global_norm, optclip.clip_by_norm
+LARGEST = functools.partial(EACH, measure=measures.max_abs)
+
+
+@pytest.mark.parametrize(
+    ("rule", "specs", "number"),
+    [
+        pytest.param(WHOLE, [P("data")] * 50, 1, id="whole"),
+        pytest.param(WHOLE, [P("data"), P("model")] * 25, 2, id="whole-two-axes"),
+        pytest.param(WHOLE, [P("data"), P()] * 5, 1, id="whole-and-replicated"),
+        pytest.param(WHOLE, [P()] * 5, 0, id="whole-all-replicated"),
+        pytest.param(EACH, [P("data")] * 50, 1, id="per_leaf"),
+        pytest.param(EACH, [P("data"), P("model")] * 5, 2, id="per_leaf-two-axes"),
+        pytest.param(LARGEST, [P("data"), P("model")] * 5, 2, id="max_abs-two-axes"),
+    ],
+)
+def test_one_collective_for_each_set_of_axes(rule, specs, number):
+    """Whatever the number of leaves, metrics included."""
+    specs = _many_leaves(specs)
+    tree = {name: jnp.ones((8, 2)) for name in specs}
+    step = _manual(_step(rule(LIMIT)), (specs, specs), (specs, P()), (4, 2))
+    assert _collectives(step, tree, tree) == number
+
+
+def test_counting_collectives_sees_them():
+    """Inside of branches they do not count, outside they do."""
+
+    def sums(x):
+        total = jax.lax.psum(x, "data")
+        rare = jax.lax.cond(
+            total[0] > 0, lambda: jax.lax.psum(jnp.sin(x), "data"), lambda: total
+        )
+        return rare + jax.lax.pmax(x, "data")
+
+    assert _collectives(_manual(sums, P("data"), P()), jnp.ones(8)) == 2
+
+
+@pytest.mark.parametrize("axis_name", ["data", ON_ALL])
+def test_one_collective_with_names(axis_name):
+    tx = optclip.clip_by_global_norm(LIMIT, axis_name=axis_name)
+    specs = (NAMED_SPECS, P())
+    step = _manual(_step(tx), (NAMED_SPECS,) * 2, specs, check_vma=False)
+    assert _collectives(step, NAMED, NAMED) == 1
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "spec"),
+    [
+        pytest.param((), P(None, "data"), id="whole"),
+        pytest.param("data", P("data"), id="extending"),
+    ],
+)
+def test_units_need_one_collective(axis_name, spec):
+    """Of the units' totals, or of the metrics where units are whole."""
+    tree = {name: jnp.ones((8, 8)) for name in "abcd"}
+    step = _manual(_step(_unit_clip(axis_name)), (spec, spec), (spec, P()))
+    assert _collectives(step, tree, tree) == 1
+
+
+@pytest.mark.parametrize("row", rows("elementwise"))
+@pytest.mark.parametrize("context", ["auto", "shard_map"])
+def test_elementwise_needs_no_collective(row, context):
+    step = _step(row.build(LIMIT))
+    if context == "shard_map":
+        compiled = _manual(step, (SPECS, SPECS), (SPECS, P()), (4, 2))
+        assert _collectives(compiled, *_arguments(row)) == 0
+    else:
+        args = [_placed(tree, SPECS, _mesh()) for tree in _arguments(row)]
+        assert _collectives(jax.jit(step), *args) == 0
+
+
+def test_auto_axes_send_one_number_for_each_sharded_leaf_at_most():
+    """There XLA places the collectives; nothing but scalars may travel."""
+    mesh = _mesh((8,))
+    tree = {f"{i:02}": jnp.ones((8, 64)) for i in range(50)}
+    placed = _placed(tree, _many_leaves([P("data"), P()] * 25), mesh)
+    step = jax.jit(_step(optclip.clip_by_global_norm(LIMIT)))
+    assert _collectives(step, placed, placed) <= 25
+    text = step.lower(placed, placed).compile().as_text()
+    assert "all-gather" not in text
+    assert not re.search(r"f32\[[\d,]+\]\S* all-reduce\(", text)
+
+
+# Meta-gradients.
+
+
+@functools.cache
+def _gradients(measure):
+    """Of one loss, inside `shard_map` and without a mesh."""
+    tx = optclip.clip_by_global_norm(LIMIT, measure=MEASURES[measure])
+    specs = {"r": P(), "w": P("data")}
+
+    def loss(tree, total):
+        clipped, _ = tx.update(tree, None)
+        return jnp.sum(jnp.sin(clipped["r"])) + total(jnp.sum(jnp.exp(clipped["w"])))
+
+    def over_devices(x):
+        return jax.lax.psum(x, "data")
+
+    inside = _manual(lambda t: jax.grad(loss)(t, over_devices), (specs,), specs)
+    return inside, jax.jit(lambda t: jax.grad(loss)(t, lambda x: x))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0], ids=["clipped", "within", "zero"])
+def test_meta_gradients(measure, scale):
+    """Inside `shard_map`, through the collectives, as without a mesh."""
+    inside, outside = _gradients(measure)
+    # No two elements are the largest, except at zero, where no measure has a gradient.
+    tree = {"r": scale * _normal(3, seed=4), "w": scale * _normal(8, 2)}
+    chex.assert_tree_all_finite(inside(tree))
+    chex.assert_trees_all_close(inside(tree), outside(tree), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grouping", [groupings.per_element(), groupings.per_example()])
+def test_meta_gradients_of_metrics_that_cross_devices(grouping):
+    """The metrics need a collective here, and it has a derivative."""
+    tx = optclip.clip_by(thresholds.constant(LIMIT), grouping=grouping)
+    x = _normal(8, 2)
+
+    def loss(x):
+        clipped, state = tx.update(x, None)
+        return jnp.sum(clipped**2), state.metrics.clipped_steps
+
+    gradient = _manual(
+        lambda x: jax.grad(lambda y: loss(y)[0])(x), P("data"), P("data")
+    )
+    chex.assert_trees_all_close(
+        gradient(x), jax.grad(lambda y: loss(y)[0])(x), rtol=1e-5, atol=1e-6
+    )
+
+
+# State.
+
+
+def _running_maximum():
+    """A threshold with state: half of the largest size seen, and some more."""
+    return Threshold(
+        limit=lambda state, seen: 0.5 * state + LIMIT,
+        init=lambda seen: seen.size,
+        observe=lambda state, seen, limit: jnp.maximum(state, seen.size),
+    )
+
+
+def _scanned(tx, state=None):
+    """Three steps; the carry must keep its type."""
+
+    def steps(updates, state=state):
+        def body(state, factor):
+            scaled = jax.tree.map(lambda x: factor * x, updates)
+            clipped, state = tx.update(scaled, state)
+            return state, clipped
+
+        state = tx.init(updates) if state is None else state
+        state, clipped = jax.lax.scan(body, state, jnp.array([1.0, 3.0, 2.0]))
+        return jax.tree.map(lambda x: x[-1], clipped), state
+
+    return steps
+
+
+STATEFUL = {
+    "whole": (groupings.whole(), None, P("data"), P()),
+    "per_leaf": (groupings.per_leaf(), None, P("data"), P()),
+    "units-whole": (groupings.per_unit(axes=0), (), P(None, "data"), P(None, "data")),
+    "units-split": (groupings.per_unit(axes=0), "data", P("data"), P()),
+    "elements": (groupings.per_element(), None, P("data"), P("data")),
+}
+
+
+@functools.cache
+def _stateful(case):
+    """A tree, and what three steps without a mesh make of it."""
+    tree = {"a": _normal(8, 8), "b": 2 * _normal(8, 16, seed=3)}
+    tx = optclip.clip_by(_running_maximum(), grouping=STATEFUL[case][0])
+    return tree, jax.jit(_scanned(tx))(tree)
+
+
+@pytest.mark.parametrize("init_inside", [True, False])
+@pytest.mark.parametrize("case", STATEFUL)
+def test_state_inside_shard_map(case, init_inside):
+    grouping, axis_name, spec, state_spec = STATEFUL[case]
+    tx = optclip.clip_by(_running_maximum(), grouping=grouping, axis_name=axis_name)
+    tree, expected = _stateful(case)
+    specs = optclip.ClipState(threshold=state_spec, metrics=P())
+    if init_inside:
+        result = _manual(_scanned(tx), (spec,), (spec, specs))(tree)
+    else:
+        step = _manual(lambda u, s: _scanned(tx, s)(u), (spec, specs), (spec, specs))
+        result = step(tree, tx.init(tree))
+    _assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("case", STATEFUL)
+def test_state_on_a_mesh(case, axis_type):
+    grouping, _, spec, _ = STATEFUL[case]
+    tx = optclip.clip_by(_running_maximum(), grouping=grouping)
+    tree, expected = _stateful(case)
+    mesh = _mesh((8,), axis_type)
+    placed = _placed(tree, {"a": spec, "b": spec}, mesh)
+    with _within(mesh):
+        state = tx.init(placed)
+        result = jax.jit(lambda u, s: _scanned(tx, s)(u))(placed, state)
+    _assert_equal(result, expected)
+
+
+def test_state_without_sums_in_a_joint_grouping():
+    """Every device keeps its own: the state varies, and is typed so from `init` on."""
+    tx = optclip.clip_by(_running_maximum(), axis_name=())
+    x = _normal(8, 4)
+    state_specs = optclip.ClipState(threshold=P("data"), metrics=P())
+    clipped, state = _manual(_scanned(tx), P("data"), (P("data"), state_specs))(x)
+    plain = optclip.clip_by(_running_maximum())
+    expected, kept = jax.jit(jax.vmap(_scanned(plain)))(x)
+    chex.assert_trees_all_close(clipped, expected, rtol=1e-6)
+    chex.assert_trees_all_close(state.threshold, kept.threshold[:, 0], rtol=1e-6)
