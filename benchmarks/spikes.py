@@ -1,6 +1,6 @@
 """The spike-response table: what every adaptive rule does to a norm that misbehaves.
 
-    python -m benchmarks.spikes [--plot FILE] [--json FILE] [--readme]
+    python -m benchmarks.spikes [--save]
 
 A run is a stream of norms, level · exp(σ·N(0, 1)), one a step, through the rule itself.
 Everything is in units of the ordinary level; medians over the seeds.
@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 import optclip
 
+README = pathlib.Path(__file__).parent.parent / "README.md"
+RESULTS = pathlib.Path(__file__).parent / "results" / "spikes"
 SEEDS = 20
 HORIZON = 1000
 SHIFTS = (1.5, 2.0, 3.0, 10.0)
@@ -209,17 +211,43 @@ def draw(path: pathlib.Path) -> None:
                 panel.set_title(event)
             if panel in axes[-1]:
                 panel.set_xlabel("steps after it begins")
-    axes[0][0].legend(fontsize="small", loc="upper left")
+    axes[0][-1].legend(fontsize="small", loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
 
+def save(responses: dict[str, dict[float, dict[str, np.ndarray]]]) -> None:
+    """The numbers of every seed, where `load` finds them."""
+    numbers = {
+        rule: {
+            f"{sigma:g}": {
+                name: [float(f"{seed:.5g}") for seed in seeds]
+                for name, seeds in columns.items()
+            }
+            for sigma, columns in by_noise.items()
+        }
+        for rule, by_noise in responses.items()
+    }
+    rules = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in numbers.items())
+    RESULTS.with_suffix(".json").write_text("{\n" + rules + "\n}\n")
+
+
+def load() -> dict[str, dict[float, dict[str, np.ndarray]]]:
+    """The numbers that were saved."""
+    numbers = json.loads(RESULTS.with_suffix(".json").read_text())
+    return {
+        rule: {
+            float(sigma): {name: np.array(seeds) for name, seeds in columns.items()}
+            for sigma, columns in by_noise.items()
+        }
+        for rule, by_noise in numbers.items()
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--plot", type=pathlib.Path, help="save the picture here")
-    options.add_argument("--json", type=pathlib.Path, help="save every seed's numbers")
     options.add_argument(
-        "--readme", action="store_true", help="put the table into README.md"
+        "--save", action="store_true", help="renew benchmarks/results and README.md"
     )
     chosen = options.parse_args()
     responses = {
@@ -227,27 +255,16 @@ def main() -> None:
         for rule, tx in tqdm(RULES.items(), unit="rule")
     }
     print(table(responses))
-    if chosen.json:
-        numbers = {
-            rule: {
-                f"{sigma:g}": {name: seeds.tolist() for name, seeds in columns.items()}
-                for sigma, columns in by_noise.items()
-            }
-            for rule, by_noise in responses.items()
-        }
-        chosen.json.write_text(json.dumps(numbers, indent=1) + "\n")
-    if chosen.plot:
-        draw(chosen.plot)
-    if chosen.readme:
-        readme = pathlib.Path(__file__).parent.parent / "README.md"
-        marked = r"(<!-- spikes -->\n).*?(<!-- /spikes -->)"
-        text = re.sub(
-            marked,
-            lambda match: f"{match[1]}{table(responses)}\n{match[2]}",
-            readme.read_text(),
-            flags=re.DOTALL,
+    if chosen.save:
+        save(responses)
+        draw(RESULTS.with_suffix(".png"))
+        marked = re.compile(r"(<!-- spikes -->\n).*?(<!-- /spikes -->)", re.DOTALL)
+        README.write_text(
+            marked.sub(
+                lambda match: f"{match[1]}{table(responses)}\n{match[2]}",
+                README.read_text(),
+            )
         )
-        readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 A small Flax transformer learns to predict the next byte of the standard library's own
 source, with AdamW near the largest learning rate that it bears. A few batches are
-corrupted: random bytes instead of text, their loss multiplied by a wrong weight, once
-early, once alone, three in a row, once with the right weight, and once NaN. Seven runs
-see the same batches from the same start and differ only in what stands before AdamW
-(`skip_step` stands around it). The program prints one table and what it shows, and
-draws one picture: the losses, and what each rule measured, its limit, and what it did
-at each corrupted batch.
+corrupted: random bytes instead of text, their loss multiplied by a wrong weight: once
+while ZClip still warms up, once alone, three in a row, once with the right weight, and
+once by NaN. Seven runs see the same batches from the same start and differ only in what
+stands before AdamW (`skip_step` stands around it). The program prints one table and
+what it shows, and draws one picture: the losses, what each rule measured and its limit,
+and what became of each corrupted batch.
 """
 
 import argparse
+import functools
 import pathlib
 import sysconfig
 import time
@@ -33,57 +34,29 @@ VALIDATION = ["subprocess"]
 ALPHABET = 128  # ASCII; the few other bytes become the last of them
 CONTEXT, BATCH = 64, 16
 WIDTH, HEADS, LAYERS = 64, 4, 2
-CHUNKS = 10  # each run, one jitted scan a chunk
+CHUNKS = 10  # of a run, one jitted scan each
+CHANCE = 0.05  # how far validation losses differ by the seed alone
 
-Transform = optax.GradientTransformationExtraArgs
-
-
-class Corruption(NamedTuple):
-    """Batches of random bytes from one step on, their loss multiplied by a weight."""
-
-    step: int
-    count: int
-    weight: float
-
-    @property
-    def steps(self) -> slice:
-        return slice(self.step, self.step + self.count)
-
-    @property
-    def label(self) -> str:
-        return f"{f'{self.count} in a row, ' * (self.count > 1)}×{self.weight:g}"
+Guard = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
-class Rule(NamedTuple):
-    """What stands before an optimizer, or around it, and what its `size` is."""
-
-    guard: Callable[[optax.GradientTransformation], optax.GradientTransformation]
-    measured: str = "norm"
-    verb: str = "clipped"
-
-
-def before(clip: optax.GradientTransformation) -> Callable[..., Transform]:
-    """Puts a clip before an optimizer, under the names that `skip_step` uses."""
+def before(clip: optax.GradientTransformation) -> Guard:
+    """The clip, then the optimizer, under the names that `skip_step` gives its parts."""
     return lambda inner: optax.named_chain(("watch", clip), ("inner_state", inner))
 
 
-def skipping(inner: optax.GradientTransformation) -> Transform:
-    return optclip.skip_step(inner, optclip.thresholds.robust())
-
-
-# A clip cannot undo a NaN, but it can drop it: nonfinite="zero".
-RULES = {
-    "none": Rule(before(optclip.monitor())),
-    "clip_by_global_norm(1)": Rule(
-        before(optclip.clip_by_global_norm(1.0, nonfinite="zero"))
+# After a NaN nothing can be scaled any more, but it can be dropped: nonfinite="zero".
+FIXED = "clip_by_global_norm(1)"
+RULES: dict[str, Guard] = {
+    "none": before(optclip.monitor()),
+    FIXED: before(optclip.clip_by_global_norm(1.0, nonfinite="zero")),
+    "autoclip": before(optclip.autoclip(nonfinite="zero")),
+    "zclip": before(optclip.zclip(nonfinite="zero")),
+    "adagc": before(optclip.adagc(nonfinite="zero")),
+    "spike_clip": before(optclip.spike_clip(nonfinite="zero")),
+    "skip_step": functools.partial(
+        optclip.skip_step, threshold=optclip.thresholds.robust()
     ),
-    "autoclip": Rule(before(optclip.autoclip(nonfinite="zero"))),
-    "zclip": Rule(before(optclip.zclip(nonfinite="zero"))),
-    "adagc": Rule(
-        before(optclip.adagc(nonfinite="zero")), "norm of the leaf furthest over"
-    ),
-    "spike_clip": Rule(before(optclip.spike_clip(nonfinite="zero"))),
-    "skip_step(robust)": Rule(skipping, verb="skipped"),
 }
 
 
@@ -92,7 +65,7 @@ class Run(NamedTuple):
 
     loss: np.ndarray  # without the weight
     norm: np.ndarray  # of the whole gradient, as it came
-    passed: np.ndarray  # the same of what the optimizer saw, 0 where a step was skipped
+    passed: np.ndarray  # the same of what AdamW got, 0 for nothing
     size: np.ndarray  # of what the rule measures
     limit: np.ndarray
     changed: np.ndarray  # whether the rule did anything
@@ -100,14 +73,21 @@ class Run(NamedTuple):
     seconds: float
 
     @property
-    def train(self) -> float:
-        return float(np.mean(self.loss[-20:]))
-
-    @property
     def lost_at(self) -> int | None:
-        """The first step after which the parameters were not finite."""
+        """The first step whose gradient was not finite when AdamW got it."""
         lost = ~np.isfinite(self.passed)
         return int(lost.argmax()) if lost.any() else None
+
+    def outcome(self, steps: slice) -> str:
+        """What became of corrupted batches: the largest norm that AdamW got."""
+        norm, passed = self.norm[steps], self.passed[steps]
+        if not np.isfinite(passed).all():
+            return "lost"
+        if passed.max() == 0:
+            return "dropped"
+        most = passed.argmax()
+        word = "cut to" if passed[most] < norm[most] else "passed"
+        return f"{word} {float(f'{passed[most]:.2g}'):g}"
 
 
 class Block(nnx.Module):
@@ -127,7 +107,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The logits of the next byte after every byte."""
+    """The logits of the byte after each byte."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.token = nnx.Embed(ALPHABET, WIDTH, rngs=rngs)
@@ -145,7 +125,7 @@ class Transformer(nnx.Module):
 
 
 def windows(modules: list[str], shape: tuple[int, ...], random) -> np.ndarray:
-    """Random windows of the source of these modules, CONTEXT + 1 bytes each."""
+    """Random windows of these modules' source, CONTEXT bytes and the one after each."""
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     source = b"".join((library / f"{name}.py").read_bytes() for name in modules)
     text = np.minimum(np.frombuffer(source, np.uint8), ALPHABET - 1).astype(np.int32)
@@ -153,68 +133,170 @@ def windows(modules: list[str], shape: tuple[int, ...], random) -> np.ndarray:
     return text[start + np.arange(CONTEXT + 1)]
 
 
-def corruptions(steps: int) -> list[Corruption]:
-    """At the same shares of every length; at 300 steps ZClip still warms up at the first."""
-    planned = (0.04, 1, 100), (0.4, 1, 1000), (0.6, 3, 1000), (0.75, 1, 1), (0.9, 1, np.nan)
-    return [Corruption(int(share * steps), *rest) for share, *rest in planned]
-
-
-def make_batches(steps: int, bad: list[Corruption]) -> tuple[np.ndarray, np.ndarray]:
-    """The text of every step, and the weight of its loss."""
+def make_batches(steps: int) -> tuple[dict[str, slice], np.ndarray, np.ndarray]:
+    """Where batches are corrupted, the text of every step, and its loss's weight."""
     random = np.random.default_rng(0)
     text, weight = windows(TRAIN, (steps, BATCH), random), np.ones(steps, np.float32)
-    for corruption in bad:
-        here = corruption.steps
+    bad = {}
+    for label, percent, count, wrong in (
+        ("loss ×100", 4, 1, 100),
+        ("loss ×1000", 40, 1, 1000),
+        ("three, loss ×1000", 60, 3, 1000),
+        ("loss ×1", 75, 1, 1),
+        ("NaN", 90, 1, np.nan),
+    ):
+        first = percent * steps // 100
+        here = bad[label] = slice(first, first + count)
         text[here] = random.integers(ALPHABET, size=text[here].shape)
-        weight[here] = corruption.weight
-    return text, weight
+        weight[here] = wrong
+    return bad, text, weight
 
 
-def train(rule: Rule, batches, validation: jax.Array, progress: tqdm) -> Run:
-    network, params = nnx.split(Transformer(nnx.Rngs(0)))
-    rate = optax.linear_schedule(0.0, 0.005, 20)
-    inner = optax.named_chain(
-        ("passed", optclip.monitor()), ("adamw", optax.adamw(rate, b2=0.95))
-    )
-    optimizer = optax.named_chain(
-        ("gradient", optclip.monitor()), ("rule", rule.guard(inner))
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def loss(network: nnx.GraphDef, params, text, weight=1.0) -> tuple[jax.Array, ...]:
+    """With the weight and without, in nats a byte."""
+    logits = nnx.merge(network, params)(text[:, :-1])
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
+    return weight * entropy.mean(), entropy.mean()
 
-    def loss(params, text):
-        logits = nnx.merge(network, params)(text[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, text[:, 1:]
-        ).mean()
 
-    def weighted(params, text, weight):
-        unweighted = loss(params, text)
-        return weight * unweighted, unweighted
+def train(guard: Guard, network, params, batches, validation, progress: tqdm) -> Run:
+    adamw = optax.adamw(optax.linear_schedule(0.0, 0.01, 20), b2=0.95)
+    inner = optax.named_chain(("passed", optclip.monitor()), ("adamw", adamw))
+    optimizer = optax.named_chain(("all", optclip.monitor()), ("rule", guard(inner)))
+    gradient = jax.grad(loss, argnums=1, has_aux=True)
 
     def step(training, batch):
         params, state = training
-        gradient, unweighted = jax.grad(weighted, has_aux=True)(params, *batch)
-        updates, state = optimizer.update(gradient, state, params)
+        updates, unweighted = gradient(network, params, *batch)
+        updates, state = optimizer.update(updates, state, params)
         seen = optclip.metrics(state)
-        norm, passed = seen["gradient/size"], seen["rule/inner_state/passed/size"]
+        norm, passed = seen["all/size"], seen["rule/inner_state/passed/size"]
         passed = jnp.where(seen.get("rule/consecutive_skips", 0) > 0, 0.0, passed)
-        over = seen["rule/watch/clipped_fraction"] > 0
-        changed = over | (~jnp.isfinite(norm) & jnp.isfinite(passed))
-        size, limit = seen["rule/watch/size"], seen["rule/watch/limit"]
-        history = unweighted, norm, passed, size, limit, changed
+        dropped = jnp.isfinite(passed) & ~jnp.isfinite(norm)
+        changed = dropped | (seen["rule/watch/clipped_fraction"] > 0)
+        watched = seen["rule/watch/size"], seen["rule/watch/limit"]
+        history = unweighted, norm, passed, *watched, changed
         return (optax.apply_updates(params, updates), state), history
 
-    chunk = jax.jit(lambda training, batches: jax.lax.scan(step, training, batches))
-    chunks = list(zip(*(np.split(array, CHUNKS) for array in batches), strict=True))
     training, histories = (params, optimizer.init(params)), []
-    chunk = chunk.lower(training, chunks[0]).compile()
+    parts = list(zip(*(np.split(array, CHUNKS) for array in batches), strict=True))
+    scan = jax.jit(lambda training, part: jax.lax.scan(step, training, part))
+    scan = scan.lower(training, parts[0]).compile()
     start = time.perf_counter()
-    for batch in chunks:
-        training, history = jax.block_until_ready(chunk(training, batch))
+    for part in parts:
+        training, history = jax.block_until_ready(scan(training, part))
         histories.append(history)
-        progress.update()
+        progress.update(len(part[0]))
     seconds = time.perf_counter() - start
-    return Run(
-        *(np.concatenate(column) for column in zip(*histories, strict=True)),
-        float(jax.jit(loss)(training[0], validation)),
-        seconds,
-    )
+    after, _ = loss(network, training[0], validation)
+    return Run(*np.concatenate(histories, axis=1), float(after), seconds)
+
+
+def print_table(runs: dict[str, Run], bad: dict[str, slice]) -> None:
+    """Let through: the largest norm that AdamW got from a corrupted batch."""
+    columns = "train loss", "validation", "changed", "let through", "seconds"
+    print(f"\n{'rule':32}" + "".join(f"{column:>12}" for column in columns))
+    for name, run in runs.items():
+        losses = f"{run.loss[-20:].mean():12.3f}{run.validation:12.3f}"
+        if run.lost_at is not None:
+            losses = f"NaN from step {run.lost_at} on".rjust(24)
+        passed = np.nanmax(run.passed[np.r_[tuple(bad.values())]])
+        numbers = f"{run.changed.mean():12.1%}{passed:12.4g}{run.seconds:12.1f}"
+        print(f"{name:32}{losses}{numbers}")
+
+
+def print_verdict(runs: dict[str, Run]) -> None:
+    """Every rule against the fixed norm; one seed proves no small difference."""
+    print(f"\nAgainst {FIXED}, by validation loss (chance: ±{CHANCE}):")
+    for name, run in runs.items():
+        more = run.validation - runs[FIXED].validation
+        verdict = f"{'worse' if more > 0 else 'better'}, {more:+.3f}"
+        if abs(more) < CHANCE:
+            verdict = f"no different, {more:+.3f}"
+        if run.lost_at is not None:
+            verdict = "worse, lost everything"
+        if name != FIXED:
+            print(f"  {name}: {verdict}")
+
+
+def draw(runs: dict[str, Run], bad: dict[str, slice], path: pathlib.Path) -> None:
+    """The losses, and below them one panel per rule and a key to the panels."""
+    figure = Figure(figsize=(17, 14), layout="constrained")
+    top, bottom = figure.subfigures(2, height_ratios=(4, 9), hspace=0.03)
+    whole, near = top.subplots(1, 2, width_ratios=(3, 2))
+    draw_losses(whole, runs, bad)
+    draw_losses(near, runs, bad)
+    whole.legend(loc="upper left", bbox_to_anchor=(0.12, 0.93))
+    low, high = (np.nanpercentile(runs[FIXED].loss, share) for share in (1, 70))
+    near.set(title="The same, closer", ylim=(low - 0.1, high))
+    bottom.suptitle("What each rule measured, its limit, and what AdamW got")
+    *panels, key = bottom.subplots(2, 4, sharex=True, sharey=True).flat
+    for number, (name, run) in enumerate(runs.items()):
+        draw_history(panels[number], f"C{number}", name, run, bad)
+    key.axis("off")
+    key.legend(*panels[1].get_legend_handles_labels(), loc="center", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_losses(axes: Axes, runs: dict[str, Run], bad: dict[str, slice]) -> None:
+    """Without the corrupted batches, whose bytes nobody can predict."""
+    corrupted = np.r_[tuple(bad.values())]
+    for number, (name, run) in enumerate(runs.items()):
+        clean = np.setdiff1d(np.arange(len(run.loss)), corrupted)
+        window = max(len(clean) // 30, 1)
+        means = np.convolve(run.loss[clean], np.ones(window) / window, "valid")
+        axes.plot(clean[window - 1 :], means, color=f"C{number}", label=name)
+    for label, steps in bad.items():
+        axes.axvline(steps.start, color="0.7", linewidth=3, zorder=0)
+        where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "top"}
+        axes.annotate(label, (steps.stop, 0.99), **where)
+    axes.set(title="Losses; grey: corrupted batches", xlabel="step")
+    axes.set_ylabel(f"train loss, mean of {window} steps (nats a byte)")
+
+
+def draw_history(
+    axes: Axes, color: str, name: str, run: Run, bad: dict[str, slice]
+) -> None:
+    corrupted = np.r_[tuple(bad.values())]
+    line = "." if name == "adagc" else "-"  # the leaf changes from step to step
+    axes.plot(run.norm, color="0.8", label="norm of the whole gradient")
+    axes.plot(run.size, line, color=color, lw=0.8, ms=2, label="what the rule measures")
+    axes.plot(run.limit, line, color="black", lw=1, ms=1.5, label="its limit")
+    axes.plot(corrupted, run.norm[corrupted], "x", color="red", label="corrupted batch")
+    axes.plot(corrupted, run.passed[corrupted], "kv", label="what AdamW got of it")
+    for steps in bad.values():
+        where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "center"}
+        axes.annotate(run.outcome(steps), (steps.start, 0.02), **where)
+    verb = "skipped" if name == "skip_step" else "clipped"
+    axes.set_title(f"{name}\n{run.changed.mean():.1%} of the steps {verb}")
+    of = "of the leaf furthest over its limit" if name == "adagc" else "of the gradient"
+    axes.set(xlabel="step", ylabel=f"norm {of}", yscale="log", ylim=(1e-5, 1e4))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Compare clips at corrupted batches.")
+    output = pathlib.Path(__file__).parent / "output"
+    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--output", type=pathlib.Path, default=output)
+    chosen = options.parse_args()
+
+    steps = -(-chosen.steps // CHUNKS) * CHUNKS  # whole chunks
+    bad, *batches = make_batches(steps)
+    validation = windows(VALIDATION, (64,), np.random.default_rng(1))
+    start = nnx.split(Transformer(nnx.Rngs(0)))
+    runs = {}
+    with tqdm(total=len(RULES) * steps, unit="step") as progress:
+        for name, guard in RULES.items():
+            progress.set_description(f"{name:24}")
+            runs[name] = train(guard, *start, batches, validation, progress)
+    print_table(runs, bad)
+    print_verdict(runs)
+    picture = chosen.output / "transformer_spikes.png"
+    draw(runs, bad, picture)
+    print(f"\nThe picture is in {picture}")
+
+
+if __name__ == "__main__":
+    main()

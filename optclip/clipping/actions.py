@@ -49,7 +49,10 @@ def rescale(div_eps: float = 0.0) -> Action:
 
     def target_with_eps(size: jax.Array, limit: jax.Array) -> jax.Array:
         padded = size + div_eps
-        return jnp.where(padded <= limit, size, limit * (size / padded))
+        within = padded <= limit
+        # Infinity, not chosen, would still turn a zero cotangent into NaN.
+        finite = jnp.where(within, jnp.zeros_like(limit), limit)
+        return jnp.where(within, size, finite * (size / padded))
 
     # A traced div_eps may be anything; only a number known to be 0 takes the short way.
     static_zero = isinstance(div_eps, (int, float)) and div_eps == 0

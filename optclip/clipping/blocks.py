@@ -305,9 +305,13 @@ def measured(
     def again() -> tuple[list[jax.Array], list[Any]]:
         units = _units(gathered, measure, plain)
         precise = _lowered(gathered, measure, totals(gathered, measure, units), units)
+        # Others keep the bits that they have when no group is in doubt.
+        precise = [
+            jnp.where(*all_) for all_ in zip(doubts, precise, sizes, strict=True)
+        ]
         return precise, judge(stacked(gathered, precise))
 
-    doubt = fold(jnp.logical_or, doubts)
+    doubt = fold(jnp.logical_or, [jnp.any(doubt) for doubt in doubts])
     doubt = _meshes.anywhere(doubt, _divided(gathered, doubt))
     return jax.lax.cond(doubt, again, lambda: (sizes, limits))
 
@@ -346,7 +350,7 @@ def _lowered(
 @jax.jit
 def _is_doubtful(total: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
     tiny = _numerics.range_of(total.dtype).tiny
-    return jnp.any(~jnp.isfinite(total) | ((total < tiny) & (limit < edge)))
+    return ~jnp.isfinite(total) | ((total < tiny) & ~(limit >= edge))
 
 
 def _never_leaves_range(gathered: Gathered, measure: Measure) -> bool:

@@ -125,7 +125,8 @@ def lp(p: float) -> Measure:
         # The exponent's rounding error counts as often as the total has e-folds.
         missing = float(1 / Fraction(used) - Fraction(inverse))
         folds = jnp.log(jnp.minimum(nonzero, jnp.finfo(total.dtype).max))
-        return jnp.where(zero, total, nonzero**inverse * (1 + missing * folds))
+        correction = jax.lax.stop_gradient(1 + missing * folds)
+        return jnp.where(zero, total, nonzero**inverse * correction)
 
     return Measure(lambda x: jnp.abs(x) ** power, SUM, lower, power=power)
 

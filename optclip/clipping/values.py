@@ -150,7 +150,9 @@ def _clamp(path: str, leaf: Any, lower: Any, upper: Any, symmetric: bool) -> jax
             None if bound is None else jnp.asarray(bound).astype(x.dtype)
             for bound in (lower, upper)
         )
-        return jnp.clip(x, low, high)
+        clamped = jnp.clip(x, low, high)
+        # Selected, because XLA flushes subnormal numbers where it takes a minimum.
+        return jnp.where(clamped == x, x, clamped)
     if not symmetric:
         raise ValueError(
             "clip_by_value: min_value and max_value must go with real updates, got "
@@ -166,5 +168,8 @@ def _clamp(path: str, leaf: Any, lower: Any, upper: Any, symmetric: bool) -> jax
     size = jnp.abs(x)
     bound = jnp.asarray(upper).astype(size.dtype)
     over = infinite | ~(size <= bound)
+    # Where the modulus of two finite parts overflows, only the direction counts.
+    x = jnp.where(over & jnp.isinf(size), x / 4, x)
+    size = jnp.where(over, jnp.abs(x), size)
     target = jnp.where(over, bound, size)
     return _numerics.scale_to(x, *_numerics.factors(size, target))

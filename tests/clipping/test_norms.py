@@ -1,5 +1,6 @@
 """`global_norm` and `leaf_norms` against NumPy in float64, over the whole range."""
 
+import functools
 import math
 
 import chex
@@ -55,6 +56,11 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def norms(leaves, measure):
+    return global_norm(leaves, measure), leaf_norms(leaves, measure=measure)
+
+
 @EVERY_MEASURE
 @pytest.mark.parametrize(
     ("dtype", "magnitudes"),
@@ -67,10 +73,9 @@ def x64():
     ids=["float32", "bfloat16", "float16", "complex64"],
 )
 def test_norms_at_every_magnitude(measure, truth, dtype, magnitudes):
-    both = jax.jit(lambda t: (global_norm(t, measure), leaf_norms(t, measure=measure)))
     for magnitude in magnitudes:
         leaves = tree(dtype, magnitude)
-        whole, by_leaf = both(leaves)
+        whole, by_leaf = norms(leaves, measure)
         assert whole.dtype == jnp.float32
         # A dozen roundings of float32; powers round worse by their exponent.
         np.testing.assert_allclose(whole, truth(in_float64(leaves)), rtol=3e-6, atol=0)
@@ -84,7 +89,7 @@ def test_norms_at_every_magnitude(measure, truth, dtype, magnitudes):
 @pytest.mark.parametrize("magnitude", [1e-300, 1e-160, 1.0, 1e155, 1e305])
 def test_norms_of_float64(measure, truth, magnitude, x64):
     leaves = tree(jnp.float64, magnitude)
-    whole = jax.jit(lambda t: global_norm(t, measure))(leaves)
+    whole, _ = norms(leaves, measure)
     assert whole.dtype == jnp.float64
     unit = in_float64(leaves) / magnitude  # NumPy's squares would overflow
     np.testing.assert_allclose(whole / magnitude, truth(unit), rtol=1e-14)
@@ -123,10 +128,11 @@ def test_what_has_no_magnitude_does_not_count(measure, truth, empty):
 @EVERY_MEASURE
 def test_not_finite_shows(measure, truth):
     for bad in (np.nan, np.inf, -np.inf):
-        leaves = {"a": jnp.ones(3), "b": jnp.array([1.0, bad])}
-        assert not np.isfinite(global_norm(leaves, measure))
-        norms = leaf_norms(leaves, measure=measure)
-        assert np.isfinite(norms["a"]) and not np.isfinite(norms["b"])
+        leaves = tree(jnp.float32, 1.0)
+        leaves["a"]["w"] = leaves["a"]["w"].at[1, 2].set(bad)
+        whole, by_leaf = norms(leaves, measure)
+        assert not np.isfinite(whole)
+        assert {path for path in by_leaf if not np.isfinite(by_leaf[path])} == {"a/w"}
 
 
 @EVERY_MEASURE

@@ -24,7 +24,8 @@ def _optax_promotes():
 
 
 def clip():
-    return optclip.clip_by_global_norm(1.0)
+    # The measure makes no difference here, but l1 compiles in half the time of l2.
+    return optclip.clip_by_global_norm(1.0, measure=optclip.measures.l1)
 
 
 def adam():
@@ -79,7 +80,7 @@ CASES = {
         chained(clip()), chained(clip()), {"": ""}, (), (),
     ),
     "another limit, which is no state": (
-        chained(optclip.clip_by_norm(9.0)), chained(clip()), {"": ""}, (), (),
+        chained(optclip.clip_by_norm(9.0, measure=optclip.measures.l1)), chained(clip()), {"": ""}, (), (),
     ),
     "clip removed, to a bare adam": (
         adam(), chained(clip()), {"": "1"}, (), metrics_at("0"),

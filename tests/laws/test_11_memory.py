@@ -21,9 +21,7 @@ SHAPES = {
 
 def temporary_share(tx: optax.GradientTransformation, dtype: jnp.dtype) -> float:
     """Temporary bytes of one jitted update, relative to the gradients' bytes."""
-    grads = {
-        path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()
-    }
+    grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
     state = jax.eval_shape(tx.init, grads)
     compiled = jax.jit(tx.update).lower(grads, state).compile()
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in grads.values())

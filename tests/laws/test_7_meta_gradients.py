@@ -50,9 +50,7 @@ def derivatives(name):
 
 @pytest.mark.parametrize(
     ("row", "dtype"),
-    combinations(
-        "clip", "elementwise", "measuring", dtypes=("float32", "bfloat16", "complex64")
-    ),
+    combinations("clip", "elementwise", "measuring", dtypes=("float32", "complex64")),
 )
 @given(data=st.data())
 def test_finite(row, dtype, data):
@@ -74,8 +72,17 @@ def test_finite_at_zero(row, limit):
         assert np.all(np.isfinite(x))
 
 
-@pytest.mark.parametrize("row", rows("clip", "elementwise", "measuring"))
-@pytest.mark.parametrize("magnitude", [1e-120, 1.0, 1e120])
+# At the ends of the range only where sizes are measured in another unit.
+RIGHT = [pytest.param(*p.values, 1.0, id=p.id) for p in rows("clip", "elementwise")]
+RIGHT += [
+    pytest.param(*p.values, magnitude, id=f"{p.id}-{magnitude}")
+    for p in rows("clip")
+    for magnitude in (1e-120, 1e120)
+    if p.id in ("clip_by_global_norm-lp3", "clip_by_global_norm-smooth", "clip_by_norm")
+]
+
+
+@pytest.mark.parametrize(("row", "magnitude"), RIGHT)
 def test_right(row, magnitude):
     """The derivative is the one that differences show, in float64."""
     rng = np.random.default_rng(5)

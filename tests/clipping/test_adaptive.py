@@ -1,0 +1,551 @@
+"""What adaptive rules promise beside their equations (see `tests/oracles`).
+
+Errors that name what the user wrote, idle groups that come back, histories that do not
+clip what is constant, state of the promised size, and what each rule does to a shift.
+"""
+
+import re
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optclip
+from optclip import groupings, thresholds
+from tests.oracles import adaptive
+
+
+def scanned(tx, stream, params=None):
+    """The updates at every step and the last state, in one compiled scan."""
+
+    @jax.jit
+    def run(stream):
+        start = tx.init(jax.tree.map(lambda x: x[0], stream))
+        step = lambda state, updates: tx.update(updates, state, params)[::-1]  # noqa: E731
+        return jax.lax.scan(step, start, stream)
+
+    last, outs = run(stream)
+    return jax.device_get(outs), jax.device_get(last)
+
+
+def noisy(steps, seed=0, noise=0.1):
+    """Norms around 1, as the single number of a leaf of shape (1,)."""
+    rng = np.random.default_rng(seed)
+    return np.exp(noise * rng.standard_normal((steps, 1))).astype(np.float32)
+
+
+# Bad input.
+
+SCALARS = {
+    "autoclip": {
+        "percentile": ("in [0, 100]", [101, -1.0, float("nan"), True, "10"]),
+        "window": ("an integer of at least 2", [1, 0, 2.5, True, None]),
+        "multiple": ("non-negative", [-1.0, float("nan"), "2"]),
+    },
+    "zclip": {
+        "z_threshold": ("positive", [0, -1.0, float("nan"), False]),
+        "decay": ("in [0, 1)", [1.0, -0.1, float("nan"), 2]),
+        "warmup_steps": ("an integer of at least 1", [0, -3, 2.0, True]),
+        "mode": ("'reciprocal' or 'mean' or 'max'", ["median", "", None]),
+        "max_norm": ("non-negative", [-1.0, float("nan"), True]),
+        "eps": ("non-negative", [-1e-6, float("nan")]),
+    },
+    "adagc": {
+        "relative": ("positive", [0.0, -1.0, float("nan"), "1"]),
+        "absolute": ("positive", [0.0, -1.0, float("nan")]),
+        "decay": ("in [0, 1)", [1.0, -0.5, float("nan")]),
+        "warmup_steps": ("an integer of at least 1", [0, 1.0]),
+    },
+    "quantile_clip": {
+        "quantile": ("in [0, 1]", [1.5, -0.1, float("nan"), 50]),
+        "learning_rate": ("positive", [0.0, -0.2, float("nan")]),
+    },
+    "norm_growth_clip": {
+        "gamma": ("in [1, inf]", [0.99, 0.0, -1.0, float("nan"), None]),
+    },
+    "second_moment_clip": {
+        "theta": ("positive", [0.0, -1.0, float("nan")]),
+        "decay": ("in [0, 1)", [1.0, -0.1]),
+        "warmup_steps": ("an integer of at least 1", [0, 1.5]),
+    },
+    "adaptive_grad_clip": {
+        "clipping": ("non-negative", [-0.01, float("nan"), True]),
+        "eps": ("non-negative", [-1e-3, float("nan")]),
+    },
+}
+NONSENSE = [
+    pytest.param(rule, name, wanted, value, id=f"{rule}-{name}-{value}")
+    for rule, arguments in SCALARS.items()
+    for name, (wanted, values) in arguments.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("rule", "name", "wanted", "value"), NONSENSE)
+def test_nonsense_is_named(rule, name, wanted, value):
+    """The function that the user called, the parameter, the rule and the value."""
+    shown = value if isinstance(value, float | int) else repr(value)
+    message = f"{rule}: {name} must be {wanted}, got {shown}."
+    if value is None and rule == "norm_growth_clip":
+        message = f"{rule}: {name} must be"
+    if isinstance(value, bool) or wanted == "non-negative":
+        message = f"{rule}: {name} must be"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(optclip, rule)(**{name: value})
+
+
+THRESHOLDS = {
+    "percentile": ("percentile", 101),
+    "zscore": ("z_threshold", 0),
+    "ema_multiple": ("multiple", 0),
+    "online_quantile": ("quantile", 2),
+    "growth": ("gamma", 0.5),
+    "second_moment": ("theta", 0),
+    "relative_to_params": ("ratio", -1.0),
+}
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_a_threshold_names_itself(name):
+    argument, value = THRESHOLDS[name]
+    with pytest.raises(ValueError, match=rf"^{name}: {argument} must be .*got {value}"):
+        getattr(thresholds, name)(**{argument: value})
+
+
+EDGES = [
+    ("autoclip", {"percentile": 0}),
+    ("autoclip", {"percentile": 100.0, "window": 2, "multiple": 0.0}),
+    ("zclip", {"decay": 0.0, "warmup_steps": 1, "eps": 0.0, "max_norm": 0.0}),
+    ("adagc", {"decay": 0, "warmup_steps": 1, "relative": 0.5}),
+    ("quantile_clip", {"quantile": 0.0}),
+    ("quantile_clip", {"quantile": 1}),
+    ("norm_growth_clip", {"gamma": 1}),
+    ("second_moment_clip", {"decay": 0.0, "warmup_steps": 1}),
+    ("adaptive_grad_clip", {"clipping": 0.0, "eps": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("rule", "arguments"), EDGES)
+def test_the_ends_of_ranges_are_allowed(rule, arguments):
+    updates = {"w": jnp.ones((2, 2))}
+    tx = getattr(optclip, rule)(**arguments)
+    out, _ = jax.jit(lambda u: tx.update(u, tx.init(u), u))(updates)
+    assert np.all(np.isfinite(out["w"]))
+
+
+def test_agc_needs_parameters():
+    updates = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    tx = optclip.adaptive_grad_clip()
+    state = tx.init(updates)
+    with pytest.raises(ValueError, match=r"params must be .*adaptive_grad_clip.*None"):
+        tx.update(updates, state)
+    with pytest.raises(ValueError, match=r"params must have every leaf .*'b'"):
+        tx.update(updates, state, {"w": jnp.ones(2)})
+
+
+def test_agc_takes_axes_or_a_grouping():
+    with pytest.raises(
+        ValueError, match=r"^adaptive_grad_clip: axis must be None beside .*got 0\."
+    ):
+        optclip.adaptive_grad_clip(axis=0, grouping=groupings.per_leaf())
+    with pytest.raises(ValueError, match=r"axes must exist in every leaf, got 1 .*'b'"):
+        optclip.adaptive_grad_clip(axis=1).init(
+            {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+        )
+
+
+# Histories.
+
+
+@pytest.mark.parametrize("percentile", [0.0, 10.0, 37.3, 50.0, 99.9, 100.0])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 7e-31, 3e37])
+def test_a_constant_history_never_clips(percentile, value):
+    """Bit for bit, while the window fills and after."""
+    one = np.array([0.3, -1.0, 0.7], np.float32) * np.float32(value)
+    stream = np.tile(one, (25, 1))
+    outs, state = scanned(optclip.autoclip(percentile, window=9), stream)
+    assert outs.tobytes() == stream.tobytes()
+    assert state.metrics.clipped_steps == 0
+
+
+def test_a_history_that_rises_clips():
+    stream = np.linspace(1, 2, 25, dtype=np.float32)[:, None]
+    outs, state = scanned(optclip.autoclip(90.0, window=9), stream)
+    assert state.metrics.clipped_steps == 24
+    assert np.all(outs[1:] < stream[1:])
+
+
+TREE = {"a/bias": (3,), "a/kernel": (4, 3), "b/kernel": (2, 5)}
+LABELS = groupings.per_label(lambda path: path[0])
+SIZES = {  # of the histories, all groups together
+    "whole": (groupings.whole(), [(7, 1)]),
+    "per_leaf": (groupings.per_leaf(), [(7, 3)]),
+    "per_label": (LABELS, [(7, 2)]),
+    "per_unit": (groupings.per_unit(), [(7, 1), (7, 1, 3), (7, 1, 5)]),
+}
+
+
+@pytest.mark.parametrize(("grouping", "shapes"), SIZES.values(), ids=SIZES)
+def test_autoclip_keeps_window_times_groups(grouping, shapes):
+    tx = optclip.autoclip(window=7, grouping=grouping)
+    params = {path: jnp.ones(shape) for path, shape in TREE.items()}
+    state = jax.eval_shape(tx.init, params)
+    leaves = jax.tree.leaves(state.threshold)
+    counters = [x for x in leaves if x.dtype == jnp.int32]
+    histories = [x for x in leaves if x.dtype == jnp.float32]
+    assert [x.shape for x in histories] == shapes
+    assert [x.shape for x in counters] == [shape[1:] for shape in shapes]
+    assert len(counters) + len(histories) == len(leaves)
+
+
+SCALARS_A_GROUP = {
+    "zclip": 3,
+    "adagc": 2,
+    "quantile_clip": 1,
+    "norm_growth_clip": 1,
+    "second_moment_clip": 1,
+}
+
+
+@pytest.mark.parametrize("rule", SCALARS_A_GROUP)
+@pytest.mark.parametrize("grouping", [groupings.whole(), groupings.per_leaf()])
+def test_others_keep_a_few_scalars(rule, grouping):
+    tx = getattr(optclip, rule)(grouping=grouping)
+    params = {path: jnp.ones(shape) for path, shape in TREE.items()}
+    state = jax.eval_shape(tx.init, params)
+    groups = 3 if grouping.named else 1
+    leaves = jax.tree.leaves(state.threshold)
+    assert [x.shape for x in leaves] == SCALARS_A_GROUP[rule] * [(groups,)]
+
+
+# Idle groups.
+
+LEARNING = {
+    "autoclip": lambda **o: optclip.autoclip(50.0, window=20, **o),
+    "zclip": lambda **o: optclip.zclip(**o),
+    "zclip-mean": lambda **o: optclip.zclip(mode="mean", **o),
+    "zclip-max": lambda **o: optclip.zclip(mode="max", **o),
+    "adagc": lambda **o: optclip.adagc(absolute=100.0, **o),
+    "quantile_clip": lambda **o: optclip.quantile_clip(**o),
+    "norm_growth_clip": lambda **o: optclip.norm_growth_clip(**o),
+    "second_moment_clip": lambda **o: optclip.second_moment_clip(**o),
+}
+
+
+@pytest.mark.parametrize("busy", [0, 1, 60], ids=lambda n: f"after {n}")
+@pytest.mark.parametrize("rule", LEARNING)
+def test_an_idle_leaf_is_never_locked_at_zero(rule, busy):
+    """200 steps of zeros, from the start or later; then it moves as before."""
+    level = np.ones((busy + 200 + 60, 1), np.float32)
+    level[busy : busy + 200] = 0
+    stream = {"idle": noisy(len(level)) * level, "other": noisy(len(level), seed=1)}
+    tx = LEARNING[rule](grouping=groupings.per_leaf())
+    outs, _ = scanned(tx, stream)
+    back = slice(busy + 200, None)
+    assert not outs["idle"][busy : busy + 200].any()
+    assert np.all(outs["idle"][back] > 0.5 * stream["idle"][back])
+    assert np.mean(outs["idle"][back] / stream["idle"][back]) > 0.8
+
+
+def test_one_empty_step_teaches_adagc_nothing():
+    """Its running minimum would be zero, and then every limit."""
+    stream = np.array([[0.9], [0.0], [0.8], [0.7], [0.75]], np.float32)
+    outs, state = scanned(optclip.adagc(1.05, warmup_steps=3), stream)
+    np.testing.assert_allclose(outs.ravel(), [0.9, 0.0, 0.8, 0.7, 0.75])
+    np.testing.assert_allclose(
+        state.threshold.average, 0.98 * (0.98 * 0.8 + 0.014) + 0.015
+    )
+
+
+# Non-finite groups.
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+def test_a_bad_leaf_leaves_adagc_s_others_alone(bad, nonfinite):
+    """In the warm-up too, whose limit is one for all leaves."""
+    tx = optclip.adagc(warmup_steps=3, nonfinite=nonfinite)
+    alone, _ = scanned(tx, {"b": noisy(9, noise=0.5)})
+    stream = {"a": 0 * noisy(9), "b": noisy(9, noise=0.5)}
+    stream["a"][[0, 2, 5]] = bad
+    outs, state = scanned(tx, stream)
+    np.testing.assert_allclose(outs["b"], alone["b"], rtol=1e-6)
+    spoilt = np.isnan(outs["a"]) if nonfinite == "propagate" else outs["a"] == 0
+    assert np.all(spoilt[[0, 2, 5]])
+    assert np.all(np.isfinite(state.threshold.average))
+    assert state.metrics.nonfinite_steps == 3
+
+
+@pytest.mark.parametrize("rule", LEARNING)
+def test_goes_on_after_bad_steps(rule):
+    """As if they had not been there: from the first step on, and all of them."""
+    good = noisy(80, noise=0.5)
+    bad = np.insert(good, [0, 0, 1, 30, 30, 60], np.float32(np.nan), axis=0)
+    bad[np.isnan(bad)] = [np.nan, np.inf, -np.inf, np.nan, np.inf, np.nan]
+    wanted, _ = scanned(LEARNING[rule](), good)
+    outs, _ = scanned(LEARNING[rule](nonfinite="zero"), bad)
+    if rule == "second_moment_clip":  # whose youth is counted in steps of any kind
+        wanted, outs = wanted[30:], outs[33:]
+        bad = bad[33:]
+    np.testing.assert_allclose(outs[np.isfinite(bad)], wanted.ravel(), rtol=1e-6)
+
+
+# Groups.
+
+
+def spiky(seed=3, steps=60):
+    """A tree's stream, each leaf with spikes of its own."""
+    rng = np.random.default_rng(seed)
+    tree = {}
+    for path, shape in TREE.items():
+        size = np.exp(0.3 * rng.standard_normal(steps))
+        size[rng.integers(0, steps, 3)] *= 20
+        x = rng.standard_normal((steps, *shape))
+        tree[path] = (x * size.reshape(-1, *(1,) * len(shape))).astype(np.float32)
+    return tree
+
+
+GROUP_RULES = {
+    **LEARNING,
+    # A limit of the whole, which a group alone does not know, out of reach.
+    "adagc": lambda **o: optclip.adagc(absolute=1e6, warmup_steps=20, **o),
+}
+
+
+@pytest.mark.parametrize("rule", [r for r in GROUP_RULES if "-" not in r])
+def test_each_label_and_unit_is_on_its_own(rule):
+    """A group's updates are those of the rule on the group alone."""
+    stream, build = spiky(), GROUP_RULES[rule]
+    outs, _ = scanned(build(grouping=LABELS), stream)
+    part = {path: x for path, x in stream.items() if path[0] == "a"}
+    alone, _ = scanned(build(), part)
+    for path in part:
+        np.testing.assert_allclose(outs[path], alone[path], rtol=1e-5)
+
+    kernel = {"kernel": stream["a/kernel"]}
+    outs, _ = scanned(build(grouping=groupings.per_unit()), kernel)
+    alone, _ = scanned(build(), {"column": kernel["kernel"][..., 1]})
+    np.testing.assert_allclose(outs["kernel"][..., 1], alone["column"], rtol=1e-5)
+    assert np.any(np.abs(alone["column"]) < 0.9 * np.abs(kernel["kernel"][..., 1]))
+
+
+SCALE_FREE = {  # for gradients in any unit
+    "autoclip": lambda unit: optclip.autoclip(50.0, window=20),
+    "zclip": lambda unit: optclip.zclip(warmup_steps=10, eps=0.0),
+    "adagc": lambda unit: optclip.adagc(absolute=unit, warmup_steps=5),
+    "quantile_clip": lambda unit: optclip.quantile_clip(),
+    "norm_growth_clip": lambda unit: optclip.norm_growth_clip(),
+    "second_moment_clip": lambda unit: optclip.second_moment_clip(9.0, 0.9),
+    "adaptive_grad_clip": lambda unit: optclip.adaptive_grad_clip(0.5, 2 * unit),
+}
+
+
+@pytest.mark.parametrize("rule", SCALE_FREE)
+def test_the_unit_of_gradients_does_not_matter(rule):
+    """Powers of two are exact; squares of the larger one leave float32's range."""
+    stream = {path: x for path, x in spiky(steps=40).items() if path[0] == "a"}
+    params = {path: np.ones_like(x[0]) for path, x in stream.items()}
+    wanted, state = scanned(SCALE_FREE[rule](1.0), stream, params)
+    assert state.metrics.clipped_steps > 0
+    for unit in (np.float32(2.0**-50), np.float32(2.0**100)):
+        args = jax.tree.map(lambda x, unit=unit: x * unit, (stream, params))
+        outs, _ = scanned(SCALE_FREE[rule](unit), *args)
+        for path in stream:
+            np.testing.assert_allclose(outs[path] / unit, wanted[path], rtol=2e-5)
+
+
+# Single rules.
+
+
+def test_a_ceiling_beside_a_rule_is_never_exceeded():
+    """And the rule goes on learning as it does without one."""
+    stream = noisy(300, noise=0.4)
+    stream[[50, 120]] *= 100
+    stream[200:] *= 5
+    ceiling = 1.2
+    tx = optclip.clip_by(
+        thresholds.tightest(thresholds.zscore(), thresholds.constant(ceiling))
+    )
+    outs, state = scanned(tx, stream)
+    alone, alone_state = scanned(optclip.zclip(), stream)
+    assert outs.max() <= ceiling * (1 + 4 * np.finfo(np.float32).eps)
+    assert alone.max() > 1.5 * ceiling
+    np.testing.assert_allclose(outs, np.minimum(alone, np.float32(ceiling)), rtol=1e-6)
+    chex.assert_trees_all_close(state.threshold[0], alone_state.threshold, rtol=1e-6)
+    with_argument, _ = scanned(optclip.zclip(max_norm=ceiling), stream)
+    np.testing.assert_array_equal(with_argument, outs)
+
+
+def test_ceilings_and_ratios_follow_schedules():
+    falling = optax.linear_schedule(1.0, 0.0, 4)
+    stream = np.ones((5, 1), np.float32)
+    outs, _ = scanned(optclip.zclip(max_norm=falling), stream)
+    np.testing.assert_allclose(outs.ravel(), [1.0, 0.75, 0.5, 0.25, 0.0], atol=1e-7)
+    tx = optclip.adaptive_grad_clip(falling)
+    outs, _ = scanned(tx, stream, np.full(1, 0.5, np.float32))
+    np.testing.assert_allclose(outs.ravel(), [0.5, 0.375, 0.25, 0.125, 0.0], atol=1e-7)
+
+
+def test_second_moment_waits_until_it_knows():
+    """Young, it clips nothing, and an element without a past never."""
+    stream = np.ones((40, 3), np.float32)
+    stream[19, 0] = 1e4  # the last young step
+    stream[20, 1] = 1e4  # the first one after
+    stream[:30, 2] = 0  # no past
+    stream[30, 2] = 1e4
+    outs, _ = scanned(optclip.second_moment_clip(), stream)
+    want = stream.astype(np.float64)
+    second = 1 - 0.999**20  # of twenty ones
+    want[20, 1] = np.sqrt(5000 * second)
+    np.testing.assert_allclose(outs, want, rtol=1e-5)
+
+
+# Steps until 0.9 of a new level passes on average of ten, of 500; None for never. As in
+# the measurements that the documentation cites.
+SHIFTS = {
+    "zclip": (optclip.zclip(), None),
+    "zclip-mean": (optclip.zclip(mode="mean"), None),
+    "zclip-max": (optclip.zclip(mode="max"), 100),
+    "adagc": (optclip.adagc(), None),
+    "autoclip": (optclip.autoclip(50.0, window=100), 100),
+    "scaled_adam": (optclip.autoclip(50.0, window=100, multiple=2.0), 101),
+    "quantile_clip": (optclip.quantile_clip(), 60),
+    "norm_growth_clip": (optclip.norm_growth_clip(), 300),
+}
+
+
+@pytest.mark.parametrize("rule", SHIFTS)
+def test_recovery_from_a_permanent_shift(rule):
+    """×10 after 1000 steps: which rules lock in, and which follow."""
+    tx, within = SHIFTS[rule]
+    stream = 1 + 0.1 * np.random.default_rng(0).standard_normal((1500, 1))
+    stream[1000:] *= 10
+    outs, _ = scanned(tx, stream.astype(np.float32))
+    late = outs[-100:].mean() / stream[-100:].mean()
+    if within is None:
+        assert late < 0.5
+        return
+    share = outs[1000 + within :].mean() / stream[1000 + within :].mean()
+    assert share > 0.85
+    assert outs[1000] < 0.5 * stream[1000]  # it was clipped at first
+
+
+# Optax and Flax around it.
+
+INJECTED = {
+    "autoclip": ({"percentile": 50.0, "multiple": 1.5}, {"window": 5}),
+    "zclip": (
+        {"z_threshold": 0.5, "decay": 0.9, "eps": 0.3, "max_norm": 1.6},
+        {"warmup_steps": 3, "mode": "reciprocal"},
+    ),
+    "adagc": (
+        {"relative": 1.2, "absolute": 0.5, "decay": 0.9},
+        {"warmup_steps": 2},
+    ),
+    "quantile_clip": ({"quantile": 0.6, "learning_rate": 0.1}, {}),
+    "norm_growth_clip": ({"gamma": 2.2}, {}),
+    "second_moment_clip": ({"theta": 4.0, "decay": 0.5}, {"warmup_steps": 2}),
+    "adaptive_grad_clip": ({"clipping": 0.1, "eps": 2.0}, {"axis": None}),
+}
+
+
+@pytest.mark.parametrize("rule", INJECTED)
+def test_inject_hyperparams(rule):
+    """Every number lives in the state, and another one takes effect."""
+    factory = getattr(optclip, rule)
+    numbers, structural = INJECTED[rule]
+    params = np.full(3, 0.7, np.float32)
+    stream = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
+
+    tx = optax.inject_hyperparams(factory, static_args=tuple(structural))(
+        **numbers, **structural
+    )
+
+    @jax.jit
+    def run(state):
+        step = lambda s, u: tx.update(u, s, params)[::-1]  # noqa: E731
+        return jax.lax.scan(step, state, stream)[1]
+
+    def injected(**changed):
+        state = tx.init(params)
+        assert set(numbers) <= set(state.hyperparams)
+        for name, value in changed.items():
+            state.hyperparams[name] = jnp.asarray(value, jnp.float32)
+        return jax.device_get(run(state))
+
+    halves = {name: value / 2 for name, value in numbers.items()}
+    with jax.numpy_dtype_promotion("standard"):  # which Optax's counters need
+        out, halved = injected(), injected(**halves)
+        others = {name: injected(**{name: value}) for name, value in halves.items()}
+    for got, arguments in ((out, numbers), (halved, halves)):
+        want, _ = scanned(factory(**arguments, **structural), stream, params)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    for name, other in others.items():
+        assert not np.allclose(other, out, rtol=1e-3), name
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6, name="body")(x))
+        return nn.Dense(3, name="head")(x)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Linear(4, 6, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.body(x)))
+
+
+# The paper's choice: of the last layer the weights, not the bias, stay unclipped.
+BUT_HEAD = r"^(?!head/kernel)"
+
+
+def check_exclusion(gradient, weight, moved):
+    """All leaves by AGC's equation but the head's kernel, with a rate of 1."""
+    for layer in ("body", "head"):
+        for name in ("kernel", "bias"):
+            g, w = (np.asarray(t[layer][name]) for t in (gradient, weight))
+            want = g
+            if (layer, name) != ("head", "kernel"):
+                want = adaptive.agc(g, w, (1,) if name == "kernel" else (), 0.01)
+                assert not np.allclose(want, g)
+            got = np.asarray(weight[layer][name]) - np.asarray(moved[layer][name])
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def agc_but_head():
+    clip = optax.masked(optclip.adaptive_grad_clip(), optclip.mask(BUT_HEAD))
+    return optax.chain(clip, optax.sgd(1.0))
+
+
+def loss_of(out):
+    return 100 * jnp.mean(jnp.square(out - 1))
+
+
+def test_agc_leaves_the_head_of_a_linen_model():
+    model, x = Linen(), jax.random.normal(jax.random.key(1), (8, 4))
+    params = model.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda p: loss_of(model.apply(p, x)))(params)
+    tx = agc_but_head()
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    check_exclusion(gradient["params"], params["params"], moved["params"])
+
+
+def test_agc_leaves_the_head_of_an_nnx_model():
+    model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (8, 4))
+    optimizer = nnx.Optimizer(model, agc_but_head(), wrt=nnx.Param)
+    gradient = nnx.grad(lambda m: loss_of(m(x)))(model)
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    nnx.jit(lambda m, o, g: o.update(m, g) and None)(model, optimizer, gradient)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    check_exclusion(nnx.to_pure_dict(gradient), before, after)

@@ -1,0 +1,157 @@
+"""Law 4: dtypes, shapes, shardings and trees stay as they are.
+
+What has no magnitude passes untouched: None, MaskedNode, integers, booleans, float0,
+random keys, leaves without elements. Sizes are float32 or wider.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.laws import trees
+from tests.laws.table import rows
+from tests.laws.trees import Case, combinations
+
+EVERY = rows("clip", "elementwise", "measuring")
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+def filled(row, dtype="float32"):
+    """A tree of numbers between 1 and 2: everything is over a limit of a half."""
+    rng = np.random.default_rng(7)
+    shapes = trees.BATCHED if row.batched else trees.SHAPES
+    return {
+        path: rng.uniform(1, 2, shape).astype(dtype) for path, shape in shapes.items()
+    }
+
+
+def without_magnitude():
+    """Leaves that no rule may touch."""
+    return {
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "integer": jnp.arange(-3, 3, dtype=jnp.int32),
+        "byte": jnp.full((2, 2), 200, jnp.uint8),
+        "boolean": jnp.array([True, False]),
+        "key": jax.random.key(0),
+        "empty": jnp.zeros((0, 3), jnp.float32),
+        "empty_half": jnp.zeros((2, 0), jnp.bfloat16),
+    }
+
+
+def assert_same(one, other):
+    """Equal in structure, dtype, shape and value, random keys included."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype"), combinations("clip", "elementwise", "measuring")
+)
+def test_dtypes_and_shapes(row, dtype):
+    """Updates keep theirs; numbers about them are float32, or float64 for float64."""
+    tree = filled(row, dtype)
+    limit = trees.wide_dtype(dtype)(0.5)
+    out, state = trees.run(row, Case(tree, limit))
+    assert jax.tree.structure(out) == jax.tree.structure(tree)
+    for path, x in tree.items():
+        assert (out[path].dtype, out[path].shape) == (x.dtype, x.shape), path
+    if row.has_metrics is True:
+        assert state.metrics.size.dtype == trees.wide_dtype(dtype)
+        assert state.metrics.limit.dtype == trees.wide_dtype(dtype)
+
+
+@pytest.mark.parametrize("row", EVERY)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_untouched(row, jitted):
+    """Leaves without magnitude pass, and the others are as they are without them."""
+    tx, numbers, rest = row.build(0.5), filled(row), without_magnitude()
+    if not jitted:  # float0 cannot be an argument of a jitted function
+        rest["float0"] = np.zeros((2,), jax.dtypes.float0)
+    tree = {"numbers": numbers, "rest": rest}
+    update = jax.jit(tx.update) if jitted else tx.update
+    state = tx.init(tree)
+    out, after = update(tree, state)
+    assert_same(out["rest"], rest)
+    chex.assert_trees_all_equal_structs(state, after)
+
+    # Their labels begin with another letter: only this one's groups can tell.
+    alone, _ = tx.update({"numbers": numbers}, None)
+    chex.assert_trees_all_close(
+        jax.device_get(out["numbers"]), jax.device_get(alone["numbers"]), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("row", EVERY)
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        [],
+        (),
+        None,
+        {"a": {}, "b": None},
+        optax.MaskedNode(),
+        {"a": np.zeros((0,), np.float32), "b": np.zeros((3, 0), np.float32)},
+        {"a": np.arange(3, dtype=np.int32)},
+    ],
+    ids=["dict", "list", "tuple", "none", "nested", "masked", "size-zero", "integers"],
+)
+def test_nothing_to_measure(row, tree):
+    """A tree without magnitudes comes out as it went in, and the step counts."""
+    tx = row.build(1.0)
+    state = tx.init(tree)
+    for steps in (1, 2):
+        out, after = tx.update(tree, state)
+        assert_same(out, tree)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        state = after
+        if row.has_metrics is True:
+            assert int(state.metrics.steps) == steps
+            assert int(state.metrics.nonfinite_steps) == 0
+    assert_same(tx.update(tree, None)[0], tree)
+
+
+@pytest.mark.parametrize("row", EVERY)
+def test_containers(row):
+    """Every kind of node, in the order that JAX gives it; a bare array is a tree."""
+    x = filled(row)["a/kernel"]
+    tx = row.build(0.5)
+    for tree in ((x, [x, {"w": x}]), Pair(x, Pair(None, x)), [None, (x,)], x):
+        out, state = tx.update(tree, tx.init(tree))
+        assert jax.tree.structure(out) == jax.tree.structure(tree)
+        chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+        fresh, other = tx.update(tree, None)
+        chex.assert_trees_all_equal(out, fresh)
+        chex.assert_trees_all_equal(state, other)
+
+
+@pytest.mark.parametrize("row", EVERY)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device has one sharding")
+def test_sharding(row, jitted):
+    """A leaf comes out on the devices on which it went in."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tree = {
+        path: jax.device_put(x, everywhere if x.ndim < 2 else split)
+        for path, x in filled(row).items()
+    }
+    tx = row.build(0.5)
+    out, _ = (jax.jit(tx.update) if jitted else tx.update)(tree, tx.init(tree))
+    for path, x in tree.items():
+        assert out[path].sharding.is_equivalent_to(x.sharding, x.ndim), path

@@ -1,0 +1,360 @@
+"""Law 8: nonsense raises at once, and says who, what, the rule and the value.
+
+    ValueError: clip_by_norm: max_norm must be non-negative, got -1.0.
+
+Traced values pass, because checking them would wait for the device; a schedule may end
+slightly below zero.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+from optclip import actions, groupings, measures, thresholds
+from tests.laws import trees
+from tests.laws.table import rows
+
+NAMED = [p for p in rows("clip", "elementwise", "wrapper") if p.values[0].argument]
+LIMITED = rows("clip", "elementwise")
+
+
+def ones(row=None):
+    shapes = trees.BATCHED if row is not None and row.batched else trees.SHAPES
+    return {path: jnp.ones(shape, jnp.float32) for path, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("row", NAMED)
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (-1.0, "non-negative, got -1.0."),
+        (-1, "non-negative, got -1."),
+        (float("-inf"), "non-negative, got -inf."),
+        (float("nan"), "non-negative, got nan."),
+        (np.float32(-0.5), "non-negative, got -0.5."),
+        (np.array(np.nan), "non-negative, got nan."),
+        (True, "non-negative, got True."),
+        (np.bool_(True), "non-negative, got np.True_."),
+        (1j, "non-negative, got 1j."),
+        ("1.0", "a non-negative number, array or schedule, got '1.0'."),
+        ([1.0], "a non-negative number, array or schedule, got [1.0]."),
+        (np.array([1.0, 2.0]), "a scalar, got an array of shape (2,)."),
+        (jnp.array([1.0]), "a scalar, got an array of shape (1,)."),
+        (jnp.array(True), "non-negative, got an array of dtype bool."),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
+def test_static_limit(row, bad, says):
+    """In the factory, before any gradient is there."""
+    message = re.escape(f"{row.public}: {row.argument} must be {says}")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        row.build(bad)
+
+
+@pytest.mark.parametrize("row", LIMITED)
+@pytest.mark.parametrize(
+    "good", [0, 0.0, 1, 2.5, float("inf"), np.float64(1.0), np.array(3, np.int32)]
+)
+def test_static_limit_accepted(row, good):
+    """Every real number from zero on, whatever its type."""
+    tree = ones(row)
+    out, _ = row.build(good).update(tree, None)
+    assert all(np.all(np.isfinite(x)) for x in out.values())
+
+
+@pytest.mark.parametrize("row", LIMITED)
+def test_traced_limit(row):
+    """A tracer passes, and so does a JAX array; below zero they count as zero."""
+    if row.name == "clip_by_value-interval":
+        pytest.skip("its bounds are any two numbers: there is no zero to count as")
+    tree = ones(row)
+    traced, _ = jax.jit(lambda limit: row.build(limit).update(tree, None))(-1.0)
+    array, _ = row.build(jnp.float32(-1.0)).update(tree, None)
+    for out in (traced, array):
+        assert all(np.all(x == 0) for x in out.values())
+
+
+@pytest.mark.parametrize("row", LIMITED)
+def test_schedule_slightly_negative(row):
+    """Where schedules end: it counts as zero, and the metrics show it as it is."""
+    if row.name == "clip_by_value-interval":
+        pytest.skip("its bounds are any two numbers: there is no zero to count as")
+    tree, end = ones(row), np.float32(-1e-9)
+    tx = row.build(lambda step: jnp.where(step == 0, 1.0, end).astype(jnp.float32))
+    first, state = tx.update(tree, tx.init(tree))
+    assert all(np.all(x > 0) for x in first.values())
+    second, state = tx.update(tree, state)
+    assert all(np.all(x == 0) for x in second.values())
+    if row.has_metrics is True and row.oracle["grouping"] != "element":
+        assert state.metrics.limit == end
+        assert state.metrics.clipped_fraction == 1
+
+
+@pytest.mark.parametrize("row", LIMITED)
+def test_schedule_not_scalar(row):
+    """At init where there is one to do, at the first update otherwise."""
+    tx, tree = row.build(lambda step: jnp.ones((2,), jnp.float32)), ones(row)
+    says = re.escape("schedule(step) must be a scalar, got an array of shape (2,).")
+    with pytest.raises(ValueError, match=says):
+        if row.kind == "clip":
+            tx.init(tree)
+        else:
+            tx.update(tree, tx.init(tree))
+
+
+def stateful():
+    return thresholds.Threshold(
+        limit=lambda state, seen: 1.0, init=lambda seen: seen.size
+    )
+
+
+def step(tx, tree=None):
+    tree = ones() if tree is None else tree
+    return tx.update(tree, tx.init(tree))
+
+
+ONE = thresholds.constant(1.0)
+FACTORIES = {
+    # measures
+    "lp-below": (lambda: measures.lp(0.5), "lp: p must be at least 1, got 0.5."),
+    "lp-nan": (lambda: measures.lp(float("nan")), "lp: p must be a number and not "),
+    "lp-string": (lambda: measures.lp("2"), "lp: p must be a number and not NaN, "),
+    "lp-bool": (lambda: measures.lp(True), "lp: p must be a number and not NaN, "),
+    # actions
+    "rescale": (
+        lambda: actions.rescale(-1.0),
+        "rescale: div_eps must be non-negative, got -1.0.",
+    ),
+    "rescale-nan": (
+        lambda: actions.rescale(float("nan")),
+        "rescale: div_eps must be non-negative, got nan.",
+    ),
+    # thresholds
+    "constant": (
+        lambda: thresholds.constant(-1.0),
+        "constant: limit must be non-negative, got -1.0.",
+    ),
+    "constant-schedule": (
+        lambda: thresholds.constant(lambda step: 1.0),
+        "constant: limit must be a number, got a function",
+    ),
+    "scheduled": (
+        lambda: thresholds.scheduled(1.0),
+        "scheduled: schedule must be callable, got 1.0.",
+    ),
+    "per_path": (
+        lambda: thresholds.per_path({"a": {"w": -1.0}}),
+        "per_path: limits['a/w'] must be non-negative, got -1.0.",
+    ),
+    "per_path-default": (
+        lambda: thresholds.per_path({}, default=-1.0),
+        "per_path: default must be non-negative, got -1.0.",
+    ),
+    "tightest-none": (
+        lambda: thresholds.tightest(),
+        "tightest: thresholds must be at least one, got none.",
+    ),
+    "tightest-number": (
+        lambda: thresholds.tightest(ONE, 1.0),
+        "tightest: thresholds[1] must be a Threshold of optclip, got 1.0.",
+    ),
+    # clip_by
+    "threshold": (
+        lambda: optclip.clip_by(1.0),
+        "clip_by: threshold must be a Threshold of optclip, got 1.0.",
+    ),
+    "measure": (
+        lambda: optclip.clip_by(ONE, measure="l2"),
+        "clip_by: measure must be a Measure of optclip, got 'l2'.",
+    ),
+    "grouping": (
+        lambda: optclip.clip_by(ONE, grouping=groupings.whole),
+        "clip_by: grouping must be a Grouping of optclip, got <function whole",
+    ),
+    "action": (
+        lambda: optclip.clip_by(ONE, action=None),
+        "clip_by: action must be a Action of optclip, got None.",
+    ),
+    "nonfinite": (
+        lambda: optclip.clip_by(ONE, nonfinite="ignore"),
+        "clip_by: nonfinite must be 'propagate' or 'zero', got 'ignore'.",
+    ),
+    "per_example-state": (
+        lambda: optclip.clip_by(stateful(), grouping=groupings.per_example()),
+        "clip_by: threshold must have no state under per_example",
+    ),
+    # clip_by_value
+    "value-nothing": (
+        lambda: optclip.clip_by_value(),
+        "clip_by_value: max_delta or (min_value, max_value) must be given, and not "
+        "both, got max_delta=None, min_value=None, max_value=None.",
+    ),
+    "value-both": (
+        lambda: optclip.clip_by_value(1.0, max_value=2.0),
+        "clip_by_value: max_delta or (min_value, max_value) must be given, and not "
+        "both, got max_delta=1.0, min_value=None, max_value=2.0.",
+    ),
+    "value-crossed": (
+        lambda: optclip.clip_by_value(min_value=1.0, max_value=-1.0),
+        "clip_by_value: min_value must not be above max_value, got 1.0 and -1.0.",
+    ),
+    "value-nan": (
+        lambda: optclip.clip_by_value(min_value=float("nan")),
+        "clip_by_value: min_value must be a number and not NaN, got nan.",
+    ),
+    "value-string": (
+        lambda: optclip.clip_by_value(max_value="1"),
+        "clip_by_value: max_value must be a number and not NaN, got '1'.",
+    ),
+    "value-array": (
+        lambda: optclip.clip_by_value(max_value=np.ones(2)),
+        "clip_by_value: max_value must be a scalar, got an array of shape (2,).",
+    ),
+    # functions
+    "per_example_global": (
+        lambda: optclip.per_example_global_norm_clip(jnp.ones((2, 3)), -1.0),
+        "per_example_global_norm_clip: l2_norm_clip must be non-negative, got -1.0.",
+    ),
+    "per_example_layer": (
+        lambda: optclip.per_example_layer_norm_clip(jnp.ones((2, 3)), "1"),
+        "per_example_layer_norm_clip: global_l2_norm_clip must be a non-negative",
+    ),
+    "global_norm": (
+        lambda: optclip.global_norm(ones(), measure="l2"),
+        "global_norm: measure must be a Measure of optclip, got 'l2'.",
+    ),
+    "top-zero": (
+        lambda: optclip.leaf_norms(ones(), top=0),
+        "leaf_norms: top must be a positive integer, got 0.",
+    ),
+    "top-bool": (
+        lambda: optclip.leaf_norms(ones(), top=True),
+        "leaf_norms: top must be a positive integer, got True.",
+    ),
+    "top-jit": (
+        lambda: jax.jit(lambda tree: optclip.leaf_norms(tree, top=1))(ones()),
+        "leaf_norms: top must be None inside jit",
+    ),
+    "mask": (
+        lambda: optclip.mask("kernle$")(ones()),
+        "mask: where='kernle$' selects no leaf of 'a/bias', 'a/kernel'",
+    ),
+    "mask-tree": (
+        lambda: optclip.mask({"a": True})({"a": 1.0, "b": 1.0}),
+        "mask: where must cover every leaf, got none for 'b' (it has 'a').",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_parts(name):
+    """Parts and functions complain where they are made or called."""
+    make, says = FACTORIES[name]
+    with pytest.raises(ValueError, match="^" + re.escape(says)):
+        make()
+
+
+def labelled(labels):
+    return optclip.clip_by(ONE, grouping=groupings.per_label(labels))
+
+
+def units(axes):
+    return optclip.clip_by(ONE, grouping=groupings.per_unit(axes))
+
+
+NESTED = {"a": {"w": np.ones(2, np.float32)}, "b": {"w": np.ones((2, 3), np.float32)}}
+MISMATCHED = {
+    # Parts that meet a tree they do not fit.
+    "per_label-leaf": (
+        lambda: step(labelled({"a": "one"}), NESTED),
+        "per_label: labels must cover every leaf, got none for 'b/w' (it has 'a').",
+    ),
+    "per_label-none": (
+        lambda: step(labelled(lambda path: None), NESTED),
+        "per_label: labels must name every leaf, got None for 'a/w'.",
+    ),
+    "per_unit-axis": (
+        lambda: step(units(1), NESTED),
+        "per_unit: axes must exist in every leaf, got 1 for 'a/w' of shape (2,).",
+    ),
+    "per_unit-negative": (
+        lambda: step(units({"b/w": (0, -3)}), NESTED),
+        "per_unit: axes must exist in every leaf, got -3 for 'b/w' of shape (2, 3).",
+    ),
+    "per_path-leaf": (
+        lambda: step(
+            optclip.clip_by(
+                thresholds.per_path({"a": 1.0}), grouping=groupings.per_leaf()
+            ),
+            NESTED,
+        ),
+        "per_path: limits must cover every leaf, got none for 'b/w' (it has 'a').",
+    ),
+    "per_path-unnamed": (
+        lambda: step(
+            optclip.clip_by(thresholds.per_path({"a": 1.0, "b": 1.0})), NESTED
+        ),
+        "per_path: limits must go with a grouping whose groups have names",
+    ),
+    "per_path-schedule": (
+        lambda: step(
+            optclip.clip_by(
+                thresholds.per_path({"a": 1.0, "b": lambda step: jnp.ones(2)}),
+                grouping=groupings.per_leaf(),
+            ),
+            NESTED,
+        ),
+        "per_path: limits['b/w'] must be a scalar, got an array of shape (2,).",
+    ),
+    "per_example-sizes": (
+        lambda: step(
+            optclip.clip_by(ONE, grouping=groupings.per_example()),
+            {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), np.float32)},
+        ),
+        "per_example: leaves must share a leading batch axis, got shape (2, 3) at 'a' "
+        "and batch sizes [2, 4].",
+    ),
+    "per_example-scalar": (
+        lambda: step(
+            optclip.clip_by(ONE, grouping=groupings.per_example()),
+            {"a": np.float32(1.0)},
+        ),
+        "per_example: leaves must share a leading batch axis, got shape () at 'a' and "
+        "batch sizes [].",
+    ),
+    "interval-complex": (
+        lambda: step(
+            optclip.clip_by_value(max_value=1.0), {"a": np.ones(2, np.complex64)}
+        ),
+        "clip_by_value: min_value and max_value must go with real updates, got complex "
+        "ones at 'a'",
+    ),
+    "other-leaves": (
+        lambda: optclip.clip_by(stateful(), grouping=groupings.per_unit()).update(
+            {"a": NESTED["a"]},
+            optclip.clip_by(stateful(), grouping=groupings.per_unit()).init(NESTED),
+        ),
+        "clip_by: updates must have the measured leaves that init saw, got 1 for a "
+        "state of 2.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_parts_on_a_tree(name):
+    """What only the tree can tell comes at init, or at update, and names the leaf."""
+    make, says = MISMATCHED[name]
+    with pytest.raises(ValueError, match="^" + re.escape(says)):
+        make()
+
+
+def test_inject_hyperparams_is_not_nonsense():
+    """Its values are arrays and tracers, which pass."""
+    tx = optax.inject_hyperparams(optclip.clip_by_global_norm)(max_norm=1.0)
+    out, _ = step(tx)
+    np.testing.assert_allclose(optclip.global_norm(out), 1.0, rtol=1e-6)
