@@ -5,22 +5,22 @@ the parts that rules are made of, per-example sums, and numbers and state.
 """
 
 # Rules with a fixed or scheduled limit.
-from optclip.clipping.rules import clip_by_block_rms as clip_by_block_rms
-from optclip.clipping.rules import clip_by_global_norm as clip_by_global_norm
-from optclip.clipping.rules import clip_by_norm as clip_by_norm
-from optclip.clipping.rules import monitor as monitor
+from optclip.clipping.rules.fixed import clip_by_block_rms as clip_by_block_rms
+from optclip.clipping.rules.fixed import clip_by_global_norm as clip_by_global_norm
+from optclip.clipping.rules.fixed import clip_by_norm as clip_by_norm
+from optclip.clipping.rules.fixed import monitor as monitor
 from optclip.clipping.values import clip as clip
 from optclip.clipping.values import clip_by_value as clip_by_value
 
 # Rules that set their own limit, and the guard around an optimizer.
-from optclip.clipping.adaptive import adagc as adagc
-from optclip.clipping.adaptive import adaptive_grad_clip as adaptive_grad_clip
-from optclip.clipping.adaptive import autoclip as autoclip
-from optclip.clipping.adaptive import norm_growth_clip as norm_growth_clip
-from optclip.clipping.adaptive import quantile_clip as quantile_clip
-from optclip.clipping.adaptive import second_moment_clip as second_moment_clip
-from optclip.clipping.adaptive import spike_clip as spike_clip
-from optclip.clipping.adaptive import zclip as zclip
+from optclip.clipping.rules.followers import adagc as adagc
+from optclip.clipping.rules.relative import adaptive_grad_clip as adaptive_grad_clip
+from optclip.clipping.rules.outliers import autoclip as autoclip
+from optclip.clipping.rules.followers import norm_growth_clip as norm_growth_clip
+from optclip.clipping.rules.followers import quantile_clip as quantile_clip
+from optclip.clipping.rules.followers import second_moment_clip as second_moment_clip
+from optclip.clipping.rules.outliers import spike_clip as spike_clip
+from optclip.clipping.rules.outliers import zclip as zclip
 from optclip.clipping.skipping import SkipState as SkipState
 from optclip.clipping.skipping import skip_step as skip_step
 

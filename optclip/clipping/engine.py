@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _meshes
-from optclip.clipping import blocks, measuring, metrics
+from optclip.clipping import beside, blocks, measuring, metrics
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.groupings import Grouping, whole
 from optclip.clipping.measures import Measure, l2, max_abs
@@ -109,7 +109,7 @@ def clip_by(
         state = ()
         if threshold.init is not None:
             # Zeros made from sizes of the parameters inherit their sharding.
-            sizes = blocks.stacked(gathered, blocks.totals(gathered, measure))
+            sizes = blocks.stacked(gathered, measuring.totals(gathered, measure))
             seen = [Seen(jnp.zeros_like(s), step, gathered.names) for s in sizes]
             state = _pack(gathered, [threshold.init(block) for block in seen])
         if gathered.groups:  # a bad limit is reported here, not at the first update
@@ -135,9 +135,9 @@ def clip_by(
         gathered = blocks.gather("clip_by", updates, grouping, axis_name)
         states = _unpack(gathered, threshold, state.threshold)
 
-        beside = [None] * len(states)
+        of_params = [None] * len(states)
         if threshold.needs_params and gathered.groups:
-            beside = measuring.param_sizes(
+            of_params = beside.param_sizes(
                 gathered, params, measure, grouping, axis_name
             )
 
@@ -145,11 +145,11 @@ def clip_by(
             whole = None
             if threshold.needs_whole:
                 apart = blocks.unstacked(gathered, sizes)
-                whole = measuring.whole_size(gathered, measure, apart)
+                whole = beside.whole_size(gathered, measure, apart)
             step, names = state.metrics.steps, gathered.names
             return [
                 Seen(size, step, names, own, whole)
-                for size, own in zip(sizes, beside, strict=True)
+                for size, own in zip(sizes, of_params, strict=True)
             ]
 
         def judge(sizes: list[jax.Array]) -> list[jax.Array | None]:
@@ -159,7 +159,7 @@ def clip_by(
             ]
             return [x if x is None else jnp.asarray(x, gathered.wide) for x in limits]
 
-        sizes, limits = blocks.measured(gathered, measure, judge)
+        sizes, limits = measuring.measured(gathered, measure, judge)
         if None not in limits:  # there is something to clip to
             limit_of = blocks.unstacked(gathered, limits)
             targets = [aim(*pair) for pair in zip(sizes, limit_of, strict=True)]
@@ -172,7 +172,7 @@ def clip_by(
         ]
         reduced = [block.size for block in seen]
         if grouping.is_elementwise:
-            reduced = blocks.apart(gathered)
+            reduced = measuring.apart(gathered)
         numbers = metrics.after(state.metrics, reduced, limits, grouping)
         return updates, ClipState(_pack(gathered, learned), numbers)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optclip import _checks
-from optclip.clipping import blocks
+from optclip.clipping import blocks, measuring
 from optclip.clipping.groupings import Grouping, per_leaf, whole
 from optclip.clipping.measures import Measure, l2
 
@@ -92,5 +92,5 @@ def _sizes(
     rule: str, tree: Any, measure: Measure, grouping: Grouping, axis_name: Any
 ) -> tuple[blocks.Gathered, list[jax.Array]]:
     gathered = blocks.gather(rule, tree, grouping, axis_name)
-    sizes, _ = blocks.measured(gathered, measure, lambda seen: [None] * len(seen))
+    sizes, _ = measuring.measured(gathered, measure, lambda seen: [None] * len(seen))
     return gathered, sizes

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optclip import _checks, _numerics
-from optclip.clipping import blocks
+from optclip.clipping import blocks, measuring
 from optclip.clipping.actions import rescale
 from optclip.clipping.groupings import per_example
 from optclip.clipping.measures import l2
@@ -107,7 +107,7 @@ def per_example_layer_norm_clip(
 def _clipped_sum(rule: str, grads: Any, clip: ArrayLike) -> tuple[Any, jax.Array]:
     gathered = blocks.gather(rule, grads, per_example(), None)
     limit = jnp.asarray(clip, gathered.wide)
-    (size,), _ = blocks.measured(gathered, l2, lambda seen: [limit] * len(seen))
+    (size,), _ = measuring.measured(gathered, l2, lambda seen: [limit] * len(seen))
     finite = jnp.isfinite(size)
     target = jnp.where(finite, rescale().target(size, limit), 0)
     clipped = blocks.spread(gathered, [size], [target])

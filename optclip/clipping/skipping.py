@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optclip import _checks
-from optclip.clipping.engine import ClipState, clip_by
+from optclip.clipping.engine import clip_by
 from optclip.clipping.measures import Measure, l2, max_abs
 from optclip.clipping.metrics import SkipMetrics
 from optclip.clipping.thresholds.base import Threshold, one_more
@@ -33,8 +33,8 @@ class SkipState(NamedTuple):
       inner_state: of the inner optimizer.
     """
 
-    watch: ClipState
-    value_watch: ClipState | tuple[()]
+    watch: Any  # ClipState
+    value_watch: Any  # ClipState or ()
     metrics: SkipMetrics
     inner_state: Any
 
@@ -111,6 +111,7 @@ def skip_step(
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             state = init(updates if params is None else params)
+        seen: Any
         _, seen = watch.update(updates, state.watch, params)
         finite, high = _judge(seen)
         seen_value: Any = ()
@@ -151,7 +152,7 @@ def _watch(
     return clip_by(threshold, measure=measure, axis_name=axis_name)
 
 
-def _judge(seen: ClipState) -> tuple[jax.Array, jax.Array]:
+def _judge(seen: Any) -> tuple[jax.Array, jax.Array]:
     """Whether the last size was finite, and whether it was above its limit."""
     size, limit = seen.metrics.size, jnp.maximum(seen.metrics.limit, 0)
     return jnp.isfinite(size), size > limit

@@ -323,13 +323,14 @@ def test_each_label_and_unit_is_on_its_own(rule):
     stream, build = spiky(), GROUP_RULES[rule]
     outs, _ = scanned(build(grouping=LABELS), stream)
     part = {path: x for path, x in stream.items() if path[0] == "a"}
-    alone, _ = scanned(build(), part)
+    alone, _ = scanned(build(grouping=groupings.whole()), part)
     for path in part:
         np.testing.assert_allclose(outs[path], alone[path], rtol=1e-5)
 
     kernel = {"kernel": stream["a/kernel"]}
     outs, _ = scanned(build(grouping=groupings.per_unit()), kernel)
-    alone, _ = scanned(build(), {"column": kernel["kernel"][..., 1]})
+    column = {"column": kernel["kernel"][..., 1]}
+    alone, _ = scanned(build(grouping=groupings.whole()), column)
     np.testing.assert_allclose(outs["kernel"][..., 1], alone["column"], rtol=1e-5)
     assert np.any(np.abs(alone["column"]) < 0.9 * np.abs(kernel["kernel"][..., 1]))
 

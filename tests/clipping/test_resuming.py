@@ -80,7 +80,7 @@ CASES = {
         chained(clip()), chained(clip()), {"": ""}, (), (),
     ),
     "another limit, which is no state": (
-        chained(optclip.clip_by_norm(9.0, measure=optclip.measures.l1)), chained(clip()), {"": ""}, (), (),
+        chained(optclip.clip_by_norm(9.0)), chained(clip()), {"": ""}, (), (),
     ),
     "clip removed, to a bare adam": (
         adam(), chained(clip()), {"": "1"}, (), metrics_at("0"),

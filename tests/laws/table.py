@@ -167,7 +167,7 @@ ROWS = [
     Row(
         "clip_by-per_label",
         "clip",
-        _parts(groupings.per_label(lambda path: path[0])),
+        _parts(groupings.per_label(lambda path: path[:1])),
         {"grouping": "label"},
         public="clip_by",
     ),

@@ -599,15 +599,15 @@ def test_elementwise_needs_no_collective(row, context):
 
 
 def test_auto_axes_send_one_number_for_each_sharded_leaf_at_most():
-    """There XLA places the collectives; nothing but scalars may travel."""
-    mesh = _mesh((8,))
-    tree = {f"{i:02}": jnp.ones((8, 64)) for i in range(50)}
-    placed = _placed(tree, _many_leaves([P("data"), P()] * 25), mesh)
+    """There XLA places the collectives (0.10 all in one); only scalars may travel."""
+    tree = {f"{i:02}": jnp.ones((8, 64)) for i in range(20)}
+    placed = _placed(tree, _many_leaves([P("data"), P()] * 10), _mesh((8,)))
     step = jax.jit(_step(optclip.clip_by_global_norm(LIMIT)))
-    assert _collectives(step, placed, placed) <= 25
+    assert 1 <= _collectives(step, placed, placed) <= 10
     text = step.lower(placed, placed).compile().as_text()
+    sent = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+    assert sent and not any(re.search(r"\[\d", kind) for kind in sent)
     assert "all-gather" not in text
-    assert not re.search(r"f32\[[\d,]+\]\S* all-reduce\(", text)
 
 
 # Meta-gradients.

@@ -33,6 +33,9 @@ MAGNITUDES = {
 }
 DTYPES = tuple(MAGNITUDES)
 
+# One row of each kind of block, for what depends on little else and compiles slowly.
+SAMPLE = ("clip_by_global_norm", "clip_by_norm-per_unit", "clip_by_value", "monitor")
+
 
 class Case(NamedTuple):
     """A drawn tree, and a limit for it, a NumPy scalar in the dtype of sizes."""

@@ -22,9 +22,14 @@ BAD = (41, 42, 200)  # steps with a NaN, an infinity, a NaN
 LIMIT = 1.5
 
 
+# Falls from 3 to a little below zero, as polynomial schedules do. A table, because a
+# formula rounds differently inside a compiled loop.
+LIMITS = np.linspace(3.0, -1e-9, STEPS).astype(np.float32)
+
+
 def schedule(step):
-    """Falls from 3 to a little below zero, as polynomial schedules do."""
-    return optax.linear_schedule(3.0, -1e-9, STEPS - 10)(step)
+    """The limit at a step."""
+    return jnp.asarray(LIMITS)[step]
 
 
 def stream(row):
@@ -41,8 +46,16 @@ def stream(row):
     return out
 
 
-@pytest.mark.parametrize("row", rows("clip", "elementwise", "measuring"))
-@pytest.mark.parametrize("limit", [LIMIT, schedule], ids=["constant", "scheduled"])
+EVERY = rows("clip", "elementwise", "measuring")
+STREAMS = [pytest.param(*p.values, schedule, id=p.id) for p in EVERY]
+STREAMS += [
+    pytest.param(*p.values, LIMIT, id=f"{p.id}-constant")
+    for p in EVERY
+    if p.id in trees.SAMPLE
+]
+
+
+@pytest.mark.parametrize(("row", "limit"), STREAMS)
 def test_stream(row, limit):
     """Updates, sizes and counters, step by step."""
     tx, updates = row.build(limit), stream(row)
@@ -57,8 +70,8 @@ def test_stream(row, limit):
         return jax.lax.scan(step, start, updates)[1]
 
     out, states = jax.device_get(run(updates))
-    limits = [schedule(t) if callable(limit) else limit for t in range(STEPS)]
-    limits = np.maximum(np.asarray(limits, np.float32), 0).astype(float)
+    limits = LIMITS if callable(limit) else np.full(STEPS, limit)
+    limits = np.maximum(limits, 0).astype(float)
     clipped_steps = nonfinite_steps = 0
     for t, bound in enumerate(limits):
         tree = {path: x[t] for path, x in updates.items()}
@@ -173,8 +186,10 @@ def test_per_example_against_oracle(uniform):
     limit = 0.8
     total, clipped = optclip.per_example_global_norm_clip(tree, limit)
     expected, sizes = fixed.clip(tree, limit, grouping="example", nonfinite="zero")
-    for path in tree:
-        np.testing.assert_allclose(total[path], expected[path].sum(axis=0), rtol=2e-6)
+    for path in tree:  # a sum of four can cancel
+        np.testing.assert_allclose(
+            total[path], expected[path].sum(axis=0), rtol=2e-6, atol=1e-6 * limit
+        )
     assert int(clipped) == sum(not size <= limit for size in sizes)
 
     total, clipped = optclip.per_example_layer_norm_clip(tree, limit, uniform)
@@ -183,7 +198,9 @@ def test_per_example_against_oracle(uniform):
         share = 1 / 3 if uniform else dims[path] / sum(dims.values())
         own = limit * share**0.5
         alone, sizes = fixed.clip({path: x}, own, grouping="example", nonfinite="zero")
-        np.testing.assert_allclose(total[path], alone[path].sum(axis=0), rtol=2e-6)
+        np.testing.assert_allclose(
+            total[path], alone[path].sum(axis=0), rtol=2e-6, atol=1e-6 * limit
+        )
         assert int(clipped[path]) == sum(not size <= own for size in sizes)
 
 

@@ -1,0 +1,90 @@
+"""Sizes that a threshold may ask for beside those of its groups.
+
+The size of all groups together comes from the sizes of the groups, without a pass of
+its own; the sizes of the parameters take one pass over the parameters.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _meshes
+from optclip.clipping import blocks, measuring
+from optclip.clipping.groupings import Grouping
+from optclip.clipping.measures import MAX, Combine, Measure, fold
+
+
+def whole_size(
+    gathered: blocks.Gathered, measure: Measure, sizes: list[jax.Array]
+) -> jax.Array:
+    """The size of the union of all groups that are finite: the others touch no limit.
+
+    Sizes are divided by the largest first, so that it is right wherever it is
+    representable.
+    """
+    if not sizes:
+        return jnp.zeros((), gathered.wide)
+    sizes = [jnp.where(jnp.isfinite(size), size, 0) for size in sizes]
+    largest = jax.lax.stop_gradient(_union(MAX, sizes))
+    unit = jnp.where(largest > 0, largest, 1)
+    counts = [group.count for group in gathered.groups]
+    summands = [
+        measure.lift(size / unit) * (count if measure.averages else 1)
+        for size, count in zip(sizes, counts, strict=True)
+    ]
+    everything = sum(
+        count * size.size * _meshes.axis_size(_meshes.varying_axes(size))
+        for size, count in zip(sizes, counts, strict=True)
+    )
+    return measure.lower(_union(measure.combine, summands), everything) * unit
+
+
+def _union(combine: Combine, parts: list[jax.Array]) -> jax.Array:
+    """Arrays combined to one scalar, across the mesh axes over which they vary."""
+    by_axes: dict[tuple[Any, ...], list[jax.Array]] = {}
+    for part in parts:
+        reduced = combine.reduce(part)
+        by_axes.setdefault(_meshes.varying_axes(part), []).append(reduced)
+    joined = [(axes, fold(combine.join, own)) for axes, own in by_axes.items()]
+    return fold(
+        combine.join,
+        [combine.across(total, axes) if axes else total for axes, total in joined],
+    )
+
+
+def param_sizes(
+    gathered: blocks.Gathered,
+    params: Any,
+    measure: Measure,
+    grouping: Grouping,
+    axis_name: Any,
+) -> list[jax.Array]:
+    """The sizes of the parameters, block by block as the updates have them.
+
+    Raises:
+      ValueError: if params is None, or lacks a leaf of the updates.
+    """
+    if params is None:
+        raise ValueError(
+            "clip_by: params must be given to update where limits are relative to them "
+            "(adaptive_grad_clip, relative_to_params), got None."
+        )
+    beside = blocks.gather("clip_by", params, grouping, axis_name)
+    # An infinite limit: parameters that are zero need no second look, large ones do.
+    sizes, _ = measuring.measured(
+        beside, measure, lambda seen: [jnp.full((), jnp.inf, beside.wide) for _ in seen]
+    )
+    by_label = {
+        group.label: size.astype(gathered.wide)
+        for group, size in zip(beside.groups, sizes, strict=True)
+    }
+    missing = [g.label for g in gathered.groups if g.label not in by_label]
+    if missing:
+        raise ValueError(
+            f"clip_by: params must have every leaf of updates, got none at "
+            f"{missing[0]!r}."
+        )
+    return blocks.stacked(
+        gathered, [by_label[group.label] for group in gathered.groups]
+    )
