@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import make_regression
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import optclip
 
 BATCH = 32
+COLORS = colormaps["tab20"].colors
 
 
 class Rule(NamedTuple):
@@ -55,6 +57,16 @@ RULES = {
     "clip_by_global_norm(10, smooth)": Rule(
         optclip.clip_by_global_norm(10.0, action=smooth), "norm"
     ),
+    "adaptive_grad_clip(0.01)": Rule(
+        optclip.adaptive_grad_clip(0.01), "norm of the worst unit"
+    ),
+    "spike_clip": Rule(optclip.spike_clip(), "norm"),
+    "autoclip": Rule(optclip.autoclip(), "norm"),
+    "zclip": Rule(optclip.zclip(), "norm"),
+    "zclip(max_norm=1)": Rule(optclip.zclip(max_norm=1.0), "norm"),
+    "adagc": Rule(optclip.adagc(), "norm of the worst leaf"),
+    "quantile_clip": Rule(optclip.quantile_clip(), "norm"),
+    "norm_growth_clip": Rule(optclip.norm_growth_clip(), "norm of the worst leaf"),
 }
 
 
@@ -195,19 +207,20 @@ def draw_losses(axes: Axes, runs: dict[str, Run]) -> None:
         if last := run.diverged_at:
             name += f": diverged at epoch {last}"
             end = last - 1, run.train_mse[last - 1]
-            axes.plot(*end, "X", color=f"C{number}", markersize=10, zorder=5)
-        axes.plot(run.train_mse, color=f"C{number}", label=name)
-        axes.plot(run.test_mse, color=f"C{number}", linestyle="--", alpha=0.7)
+            axes.plot(*end, "X", color=COLORS[number], markersize=10, zorder=5)
+        axes.plot(run.train_mse, color=COLORS[number], label=name)
+        axes.plot(run.test_mse, color=COLORS[number], linestyle="--", alpha=0.7)
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
+    axes.set_ylim(top=1e9)  # a run that diverges leaves the picture
     axes.set_title("Losses: train solid, test dashed")
-    axes.legend(fontsize="small", loc="upper right")
+    axes.legend(fontsize="small", loc="upper right", ncols=2)
 
 
 def draw_history(axes: Axes, number: int, name: str, run: Run) -> None:
-    axes.plot(run.size, color=f"C{number}", linewidth=0.7)
+    axes.plot(run.size, color=COLORS[number], linewidth=0.7)
     outcome = f"{run.clipped:.0%} of the steps clipped"
     if np.isfinite(run.limit).any():
-        axes.plot(run.limit, color="black", linestyle="--")
+        axes.plot(run.limit, color="black", linestyle="--", linewidth=0.8)
         label = {"xytext": (0, 4), "textcoords": "offset points"}
         axes.annotate("limit", (0, run.limit[0]), **label)
     if run.diverged_at:

@@ -89,7 +89,7 @@ class Run(NamedTuple):
         if not np.isfinite(passed).all():
             return "lost"
         if passed.max() == 0:
-            return "zeroed"
+            return "dropped"
         most = passed.argmax()
         word = "cut to" if passed[most] < norm[most] else "passed"
         return f"{word} {float(f'{passed[most]:.2g}'):g}"
@@ -200,7 +200,7 @@ def print_table(runs: dict[str, Run], corrupted: np.ndarray) -> None:
         passed = np.nanmax(run.passed[corrupted])
         numbers = f"{run.changed.mean():12.1%}{passed:12.4g}{run.seconds:12.1f}"
         print(f"{name:32}{losses}{numbers}")
-    print("\nacted on: the share of the steps that were clipped, skipped or zeroed")
+    print("\nacted on: the share of the steps that were clipped, skipped or dropped")
     print("let through: the largest norm that AdamW got from a corrupted batch")
     more = {name: run.validation - runs[FIXED].validation for name, run in runs.items()}
     for word, chosen in {
@@ -222,7 +222,7 @@ def draw(runs: dict[str, Run], bad: dict[str, np.ndarray], path: pathlib.Path) -
     whole.legend(loc="upper left", bbox_to_anchor=(0.12, 0.97))
     end = runs[FIXED].loss[-20:].mean()
     near.set(title="The same, closer", ylim=(end - 0.15, end + 0.45))
-    bottom.suptitle("What each rule measured, its limit, and what AdamW got")
+    bottom.suptitle("The measured norm, the limit, and what became of each corruption")
     *panels, key = bottom.subplots(2, 4, sharex=True, sharey=True).flat
     for number, (name, run) in enumerate(runs.items()):
         draw_history(panels[number], f"C{number}", name, run, bad)
@@ -242,9 +242,8 @@ def draw_losses(axes: Axes, runs: dict[str, Run], bad: dict[str, np.ndarray]) ->
         axes.plot(clean[window - 1 :], means, color=f"C{number}", label=name)
     for label, steps in bad.items():
         axes.axvline(steps[0], color="0.7", linewidth=3, zorder=0)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "top"}
-        axes.annotate(label, (steps[-1] + 1, 0.98), bbox=box, **where)
+        axes.annotate(label, (steps[-1] + 1, 0.98), zorder=1, **where)
     axes.set(title="Losses; grey: corrupted batches", xlabel="step")
     axes.set_ylabel(f"train loss, mean of {window} steps (nats a byte)")
 

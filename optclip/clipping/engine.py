@@ -28,8 +28,8 @@ class ClipState(NamedTuple):
 
     Attributes:
       threshold: the threshold's state, () if it has none. For joint groupings arrays
-        over the vector of groups; for groupings within leaves a tree like the
-        parameters.
+        over the vector of groups; for groupings within leaves each array is a tree like
+        the parameters.
       metrics: what the last update saw; read them with `optclip.metrics`.
     """
 
@@ -111,7 +111,8 @@ def clip_by(
             # Zeros made from sizes of the parameters inherit their sharding.
             sizes = blocks.stacked(gathered, measuring.totals(gathered, measure))
             seen = [Seen(jnp.zeros_like(s), step, gathered.names) for s in sizes]
-            state = _pack(gathered, [threshold.init(block) for block in seen])
+            fresh = [threshold.init(block) for block in seen]
+            state = _pack(gathered, threshold, fresh)
         if gathered.groups:  # a bad limit is reported here, not at the first update
             for shape, own in zip(
                 blocks.block_shapes(gathered),
@@ -174,7 +175,7 @@ def clip_by(
         if grouping.is_elementwise:
             reduced = measuring.apart(gathered)
         numbers = metrics.after(state.metrics, reduced, limits, grouping)
-        return updates, ClipState(_pack(gathered, learned), numbers)
+        return updates, ClipState(_pack(gathered, threshold, learned), numbers)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -185,32 +186,50 @@ def _unless_spoiled(seen: Seen, old: Any, new: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(finite, b, a).astype(a.dtype), old, new)
 
 
-def _pack(gathered: blocks.Gathered, states: list[Any]) -> Any:
-    """States of blocks as kept: one, or a tree like the parameters."""
-    if not any(jax.tree.leaves(state) for state in states):
-        return ()
+def _pack(gathered: blocks.Gathered, threshold: Threshold, states: list[Any]) -> Any:
+    """States of blocks as kept: one, or one whose every array is a tree like params."""
     if gathered.joint:
         return states[0]
-    kept: list[Any] = [()] * len(gathered.leaves)
-    for group, state in zip(gathered.groups, states, strict=True):
-        kept[group.members[0].index] = state
-    return jax.tree_util.tree_unflatten(gathered.treedef, kept)
+
+    def like_params(_: Any, *parts: jax.Array) -> Any:
+        kept: list[Any] = [()] * len(gathered.leaves)
+        for group, part in zip(gathered.groups, parts, strict=True):
+            kept[group.members[0].index] = part
+        tree = jax.tree_util.tree_unflatten(gathered.treedef, kept)
+        return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
+
+    return jax.tree.map(like_params, _blank(threshold), *states)
+
+
+def _is_box(node: Any) -> bool:
+    """Whether it is a Variable of NNX or a boxed parameter of Linen."""
+    return hasattr(node, "get_metadata") or hasattr(node, "unbox")
+
+
+def _unboxed(node: Any) -> Any:
+    """Numbers of units without the box, whose sharding names axes that they lack."""
+    leaves = jax.tree_util.tree_leaves(node) if _is_box(node) else []
+    return leaves[0] if leaves else node
 
 
 def _unpack(gathered: blocks.Gathered, threshold: Threshold, state: Any) -> list[Any]:
     """The state of each block, by order: NNX gives `init` and `update` other trees."""
-    blocks_ = 1 if gathered.joint else len(gathered.groups)
-    if threshold.init is None:
-        return [()] * blocks_
     if gathered.joint:
         return [state]
-    like = threshold.init(Seen(jnp.zeros((1,)), jnp.zeros((), jnp.int32)))
-    treedef = jax.tree_util.tree_structure(like)
+    count = len(gathered.groups)
+    treedef = jax.tree_util.tree_structure(_blank(threshold))
     leaves, width = jax.tree_util.tree_leaves(state), treedef.num_leaves
-    if len(leaves) != width * blocks_:
+    if len(leaves) != width * count:
         raise ValueError(
             f"clip_by: updates must have the measured leaves that init saw, got "
-            f"{blocks_} for a state of {len(leaves) // width}."
+            f"{count} for a state of {len(leaves) // width}."
         )
-    chunks = [leaves[i * width : (i + 1) * width] for i in range(blocks_)]
-    return [jax.tree_util.tree_unflatten(treedef, chunk) for chunk in chunks]
+    parts = [leaves[number::count] for number in range(count)]
+    return [jax.tree_util.tree_unflatten(treedef, part) for part in parts]
+
+
+def _blank(threshold: Threshold) -> Any:
+    """A state of the threshold, for its structure."""
+    if threshold.init is None:
+        return ()
+    return threshold.init(Seen(jnp.zeros((1,)), jnp.zeros((), jnp.int32)))

@@ -172,7 +172,8 @@ def _element_summary(size: jax.Array, squares: jax.Array, limit: jax.Array) -> _
 
 def _worse(a: _Summary, b: _Summary) -> _Summary:
     """Two summaries as one: the worse group, the sums of the counts."""
-    second = b.ratio > a.ratio
+    # Ties, as under a limit of 0, go to the larger size, as they do within a block.
+    second = (b.ratio > a.ratio) | ((b.ratio == a.ratio) & (b.size > a.size))
     wide = jnp.promote_types(a.size.dtype, b.size.dtype)
     return _Summary(
         ratio=jnp.maximum(a.ratio.astype(wide), b.ratio.astype(wide)),

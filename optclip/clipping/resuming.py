@@ -91,11 +91,15 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
                 )
         if not _holds_states(new.value):
             return new.value
-        # Names decide where both sides have them: of a named chain, of partitions.
-        named = isinstance(new.value, dict)
-        twins = [_children(old) for old in free if isinstance(old.value, dict)]
-        twin = next((t for t in twins if named and t.keys() & children.keys()), {})
-        first = {k: adopt(children[k], twin[k]) for k in children if k in twin}
+        # Names decide where both sides have them (named chains, partitions), order
+        # where both are sequences; only then is the rest looked for anywhere.
+        twin: dict[str, _Part] = {}
+        for old in free:
+            if isinstance(new.value, dict) and isinstance(old.value, dict):
+                twin = twin or _namesakes(children, _children(old))
+            elif _is_sequence(new.value) and _is_sequence(old.value):
+                twin = twin or _in_order(children, _children(old))
+        first = {name: adopt(children[name], old) for name, old in twin.items()}
         return _rebuilt(
             new.value,
             [first[k] if k in first else adopt(children[k], scope) for k in children],
@@ -116,6 +120,26 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
         state,
         *(tuple("/".join(path) for path in paths) for paths in (kept, fresh, unused)),
     )
+
+
+def _namesakes(new: dict[str, _Part], old: dict[str, _Part]) -> dict[str, _Part]:
+    return {name: old[name] for name in new if name in old}
+
+
+def _in_order(new: dict[str, _Part], old: dict[str, _Part]) -> dict[str, _Part]:
+    """The parts of two sequences that fit, in order, with the most leaves together."""
+    nothing: tuple[int, dict[str, _Part]] = (0, {})
+    above = [nothing] * (len(old) + 1)
+    for name, part in new.items():
+        row, wanted = above[:1], _signature(part.value)
+        for column, candidate in enumerate(old.values()):
+            options = [above[column + 1], row[column]]
+            if wanted and _signature(candidate.value) == wanted:
+                leaves, pairs = above[column]
+                options.append((leaves + len(wanted), {**pairs, name: candidate}))
+            row.append(max(options, key=lambda option: option[0]))
+        above = row
+    return above[-1][1]
 
 
 def _signature(tree: Any) -> dict[Path, tuple[Any, Any]]:

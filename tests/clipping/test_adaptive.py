@@ -4,6 +4,7 @@ Errors that name what the user wrote, idle groups that come back, histories that
 clip what is constant, state of the promised size, and what each rule does to a shift.
 """
 
+import functools
 import re
 
 import chex
@@ -20,16 +21,16 @@ from optclip import groupings, thresholds
 from tests.oracles import adaptive
 
 
+def step_by_step(tx, stream, params=None):
+    """The last state and the updates at every step, by a scan to be compiled."""
+    start = tx.init(jax.tree.map(lambda x: x[0], stream))
+    step = lambda state, updates: tx.update(updates, state, params)[::-1]  # noqa: E731
+    return jax.lax.scan(step, start, stream)
+
+
 def scanned(tx, stream, params=None):
     """The updates at every step and the last state, in one compiled scan."""
-
-    @jax.jit
-    def run(stream):
-        start = tx.init(jax.tree.map(lambda x: x[0], stream))
-        step = lambda state, updates: tx.update(updates, state, params)[::-1]  # noqa: E731
-        return jax.lax.scan(step, start, stream)
-
-    last, outs = run(stream)
+    last, outs = jax.jit(lambda stream: step_by_step(tx, stream, params))(stream)
     return jax.device_get(outs), jax.device_get(last)
 
 
@@ -46,6 +47,12 @@ SCALARS = {
         "percentile": ("in [0, 100]", [101, -1.0, float("nan"), True, "10"]),
         "window": ("an integer of at least 2", [1, 0, 2.5, True, None]),
         "multiple": ("non-negative", [-1.0, float("nan"), "2"]),
+    },
+    "spike_clip": {
+        "z": ("positive", [0, -3.0, float("nan"), True]),
+        "window": ("an integer of at least 2", [1, 8.0]),
+        "prior_spread": ("non-negative", [-0.1, float("nan")]),
+        "prior_steps": ("non-negative", [-1, "8"]),
     },
     "zclip": {
         "z_threshold": ("positive", [0, -1.0, float("nan"), False]),
@@ -101,6 +108,7 @@ def test_nonsense_is_named(rule, name, wanted, value):
 
 THRESHOLDS = {
     "percentile": ("percentile", 101),
+    "robust": ("z", 0),
     "zscore": ("z_threshold", 0),
     "ema_multiple": ("multiple", 0),
     "online_quantile": ("quantile", 2),
@@ -120,6 +128,7 @@ def test_a_threshold_names_itself(name):
 EDGES = [
     ("autoclip", {"percentile": 0}),
     ("autoclip", {"percentile": 100.0, "window": 2, "multiple": 0.0}),
+    ("spike_clip", {"window": 2, "prior_spread": 0.0, "prior_steps": 0.0}),
     ("zclip", {"decay": 0.0, "warmup_steps": 1, "eps": 0.0, "max_norm": 0.0}),
     ("adagc", {"decay": 0, "warmup_steps": 1, "relative": 0.5}),
     ("quantile_clip", {"quantile": 0.0}),
@@ -162,13 +171,24 @@ def test_agc_takes_axes_or_a_grouping():
 # Histories.
 
 
+@functools.cache
+def constant_run(window):
+    """(percentile, stream) to updates and state, compiled once."""
+
+    @jax.jit
+    def run(percentile, stream):
+        return step_by_step(optclip.autoclip(percentile, window), stream)
+
+    return run
+
+
 @pytest.mark.parametrize("percentile", [0.0, 10.0, 37.3, 50.0, 99.9, 100.0])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 7e-31, 3e37])
 def test_a_constant_history_never_clips(percentile, value):
     """Bit for bit, while the window fills and after."""
     one = np.array([0.3, -1.0, 0.7], np.float32) * np.float32(value)
     stream = np.tile(one, (25, 1))
-    outs, state = scanned(optclip.autoclip(percentile, window=9), stream)
+    state, outs = jax.device_get(constant_run(9)(np.float32(percentile), stream))
     assert outs.tobytes() == stream.tobytes()
     assert state.metrics.clipped_steps == 0
 
@@ -227,6 +247,7 @@ def test_others_keep_a_few_scalars(rule, grouping):
 
 LEARNING = {
     "autoclip": lambda **o: optclip.autoclip(50.0, window=20, **o),
+    "spike_clip": lambda **o: optclip.spike_clip(**o),
     "zclip": lambda **o: optclip.zclip(**o),
     "zclip-mean": lambda **o: optclip.zclip(mode="mean", **o),
     "zclip-max": lambda **o: optclip.zclip(mode="max", **o),
@@ -337,6 +358,7 @@ def test_each_label_and_unit_is_on_its_own(rule):
 
 SCALE_FREE = {  # for gradients in any unit
     "autoclip": lambda unit: optclip.autoclip(50.0, window=20),
+    "spike_clip": lambda unit: optclip.spike_clip(),
     "zclip": lambda unit: optclip.zclip(warmup_steps=10, eps=0.0),
     "adagc": lambda unit: optclip.adagc(absolute=unit, warmup_steps=5),
     "quantile_clip": lambda unit: optclip.quantile_clip(),
@@ -351,13 +373,19 @@ def test_the_unit_of_gradients_does_not_matter(rule):
     """Powers of two are exact; squares of the larger one leave float32's range."""
     stream = {path: x for path, x in spiky(steps=40).items() if path[0] == "a"}
     params = {path: np.ones_like(x[0]) for path, x in stream.items()}
-    wanted, state = scanned(SCALE_FREE[rule](1.0), stream, params)
+
+    @jax.jit
+    def run(unit):
+        scaled, weights = jax.tree.map(lambda x: x * unit, (stream, params))
+        last, outs = step_by_step(SCALE_FREE[rule](unit), scaled, weights)
+        return last, jax.tree.map(lambda x: x / unit, outs)
+
+    state, wanted = jax.device_get(run(np.float32(1.0)))
     assert state.metrics.clipped_steps > 0
-    for unit in (np.float32(2.0**-50), np.float32(2.0**100)):
-        args = jax.tree.map(lambda x, unit=unit: x * unit, (stream, params))
-        outs, _ = scanned(SCALE_FREE[rule](unit), *args)
+    for power in (-50, 100):
+        _, outs = jax.device_get(run(np.float32(2.0**power)))
         for path in stream:
-            np.testing.assert_allclose(outs[path] / unit, wanted[path], rtol=2e-5)
+            np.testing.assert_allclose(outs[path], wanted[path], rtol=2e-5)
 
 
 # Single rules.
@@ -409,6 +437,7 @@ def test_second_moment_waits_until_it_knows():
 # Steps until 0.9 of a new level passes on average of ten, of 500; None for never. As in
 # the measurements that the documentation cites.
 SHIFTS = {
+    "spike_clip": (optclip.spike_clip(), 30),
     "zclip": (optclip.zclip(), None),
     "zclip-mean": (optclip.zclip(mode="mean"), None),
     "zclip-max": (optclip.zclip(mode="max"), 100),
@@ -436,10 +465,142 @@ def test_recovery_from_a_permanent_shift(rule):
     assert outs[1000] < 0.5 * stream[1000]  # it was clipped at first
 
 
+# What holds for every transform, here for those that learn.
+
+FROM = {
+    "float32": lambda: mixed(jnp.float32),
+    "float16": lambda: mixed(jnp.float16),
+    "float64": lambda: mixed(jnp.float64),
+    "complex64": lambda: mixed(jnp.complex64),
+    "empty": dict,
+}
+GROUPED = {"joint": groupings.per_leaf(), "within": groupings.per_unit()}
+
+
+def mixed(dtype):
+    """Leaves of two dtypes, and of kinds that nothing measures."""
+    return {
+        "kernel": jnp.full((4, 3), 0.5, dtype),
+        "bias": jnp.full(3, 2.0, jnp.bfloat16),
+        "count": jnp.arange(3),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "empty": jnp.zeros((0, 2)),
+    }
+
+
+def types(state):
+    leaves = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)]
+    return jax.tree.structure(state), leaves
+
+
+@pytest.mark.parametrize("kind", FROM)
+@pytest.mark.parametrize("rule", LEARNING)
+@pytest.mark.parametrize("grouping", GROUPED)
+def test_types_are_fixed_at_init(rule, kind, grouping):
+    """Of the state and of the updates, without running anything."""
+    tx = LEARNING[rule](grouping=GROUPED[grouping])
+    with jax.enable_x64(kind == "float64"):
+        updates = FROM[kind]()
+        start = jax.eval_shape(tx.init, updates)
+        out, after = jax.eval_shape(tx.update, updates, start)
+        assert types(start) == types(after)
+        assert all(x.size > 0 for x in jax.tree.leaves(start))
+        chex.assert_trees_all_equal_shapes_and_dtypes(out, updates)
+        wide = {x.dtype for x in jax.tree.leaves(start.threshold)} - {np.dtype("int32")}
+        if kind != "empty":
+            assert wide == {np.dtype("float64" if kind == "float64" else "float32")}
+
+
+@pytest.mark.parametrize("rule", LEARNING)
+def test_leaves_of_all_kinds(rule):
+    """One factor a leaf, rounded once; what has no size passes untouched."""
+    tx = LEARNING[rule](grouping=groupings.per_leaf())
+    small = mixed(jnp.complex64)
+    state, update = tx.init(small), jax.jit(tx.update)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+    for _ in range(30):
+        _, state = update(small, state)
+    large = {**small, "kernel": small["kernel"] * 1e4, "bias": small["bias"] * 1e4}
+    out, state = update(large, state)
+    for name in ("kernel", "bias"):
+        ratio = np.asarray(out[name]) / np.asarray(large[name])
+        assert 0 < ratio.ravel()[0].real < 0.1
+        np.testing.assert_allclose(ratio, ratio.ravel()[0], rtol=1e-6)
+    chex.assert_trees_all_equal(out["count"], small["count"])
+    assert out["none"] is None
+    assert state.metrics.clipped_fraction == 1
+
+
+@pytest.mark.parametrize("rule", LEARNING)
+def test_derivatives_are_finite(rule):
+    """Through four steps and what they taught, at zero gradients too."""
+    build = {"zclip": {"warmup_steps": 2}, "zclip-mean": {"warmup_steps": 2}}
+    tx = LEARNING[rule](**build.get(rule, {}))
+
+    @jax.jit
+    @jax.grad
+    def derivative(stream):
+        _, outs = step_by_step(tx, stream)
+        return jnp.sum(outs * jnp.arange(1.0, 1.0 + outs.size).reshape(outs.shape))
+
+    stream = noisy(8).repeat(2, axis=1)
+    for factor in (
+        [1] * 8,
+        [0] * 8,
+        [1, 0, 1, 50, 0, 1, 1, 90],
+        [0, 0, 1, 1, 1, 9, 1, 1],
+    ):
+        scaled = stream * np.array(factor, np.float32)[:, None]
+        assert np.all(np.isfinite(derivative(scaled))), factor
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("grouping", ["whole", "per_leaf", "per_unit"])
+@pytest.mark.parametrize("rule", ["autoclip", "spike_clip", "zclip", "adagc"])
+def test_shards_learn_what_the_whole_would(rule, grouping):
+    """Inside `shard_map`, from sharded and replicated leaves, in every warm-up."""
+    rng = np.random.default_rng(0)
+    size = np.where(np.arange(12) == 9, 50, 1).astype(np.float32)
+    stream = {
+        "sharded": rng.standard_normal((12, 4, 16)) * size[:, None, None],
+        "replicated": rng.standard_normal((12, 3)) * size[:, None],
+    }
+    stream = {path: x.astype(np.float32) for path, x in stream.items()}
+    build = {
+        "autoclip": lambda **o: optclip.autoclip(50.0, window=5, **o),
+        "spike_clip": optclip.spike_clip,
+        "zclip": lambda **o: optclip.zclip(warmup_steps=4, **o),
+        "adagc": lambda **o: optclip.adagc(absolute=3.0, warmup_steps=4, **o),
+    }[rule]
+    plain = build(grouping=getattr(groupings, grouping)())
+    want, state = scanned(plain, stream)
+    assert state.metrics.clipped_steps > 0
+    # Units lie along the sharded axis, each of them on one device.
+    axes = {"axis_name": ()} if grouping == "per_unit" else {}
+    tx = build(grouping=getattr(groupings, grouping)(), **axes)
+    spec = jax.sharding.PartitionSpec
+    specs = {"sharded": spec(None, None, "data"), "replicated": spec()}
+
+    def run(stream):
+        return step_by_step(tx, stream)[1]
+
+    auto = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
+        mapped = jax.shard_map(run, in_specs=(specs,), out_specs=specs)
+        outs = jax.device_get(jax.jit(mapped)(stream))
+    chex.assert_trees_all_close(outs, want, rtol=1e-5)
+
+
 # Optax and Flax around it.
 
 INJECTED = {
     "autoclip": ({"percentile": 50.0, "multiple": 1.5}, {"window": 5}),
+    "spike_clip": (
+        {"z": 0.5, "prior_spread": 0.4, "prior_steps": 2.0},
+        {"window": 5},
+    ),
     "zclip": (
         {"z_threshold": 0.5, "decay": 0.9, "eps": 0.3, "max_norm": 1.6},
         {"warmup_steps": 3, "mode": "reciprocal"},

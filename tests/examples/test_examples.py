@@ -26,6 +26,14 @@ def regression(tmp_path_factory):
     return run("regression.py", "--epochs", "10", "--output", str(output)), output
 
 
+@pytest.fixture(scope="module")
+def spikes(tmp_path_factory):
+    """A short run of the corrupted batches: its lines and its folder."""
+    output = tmp_path_factory.mktemp("spikes")
+    run_ = run("transformer_spikes.py", "--steps", "40", "--output", str(output))
+    return run_, output
+
+
 def rows(lines: list[str]) -> dict[str, str]:
     """The table's rows by rule: what stands between its header and the empty line."""
     (header,) = (n for n, line in enumerate(lines) if line.startswith("rule "))
@@ -34,7 +42,8 @@ def rows(lines: list[str]) -> dict[str, str]:
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"regression.py"}
+    tested = {"regression.py", "transformer_spikes.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_the_smallest_program_prints_what_the_clip_saw(regression):
@@ -63,8 +72,45 @@ def test_every_clip_learns_and_its_row_is_finite(regression):
         assert 0 < share <= 100 and norm > 0, name
 
 
-def test_the_last_line_names_the_picture(regression):
-    lines, output = regression
-    picture = output / "regression.png"
+def test_without_a_clip_every_corrupted_batch_passes_and_nan_ends_the_run(spikes):
+    lines, _ = spikes
+    row = rows(lines)["none"]
+    assert "NaN from step 36 on" in row
+    *_, acted_on, let_through, _ = row.split()
+    assert acted_on == "0.0%" and float(let_through) > 100
+
+
+def test_every_rule_survives_the_corrupted_batches(spikes):
+    lines, _ = spikes
+    kept = {name: row for name, row in rows(lines).items() if name != "none"}
+    assert len(kept) == 6
+    for name, row in kept.items():
+        numbers = [float(word.rstrip("%")) for word in row.split()]
+        assert len(numbers) == 5, name
+        assert all(math.isfinite(number) for number in numbers), name
+        train_loss, validation, acted_on, _, _ = numbers
+        # Uniform bytes: 4.85. ZClip learns its limit from the first corrupted batch.
+        assert name == "zclip" or max(train_loss, validation) < 4.85, name
+        assert 0 < acted_on <= 100, name
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"), [("clip_by_global_norm(1)", 1), ("adagc", 1), ("skip_step", 0)]
+)
+def test_no_more_than_the_limit_reaches_the_optimizer(spikes, rule, most):
+    lines, _ = spikes
+    assert float(rows(lines)[rule].split()[3]) <= most
+
+
+def test_what_did_worse_than_the_fixed_norm_is_said(spikes):
+    lines, _ = spikes
+    (worse,) = (line for line in lines if line.startswith("worse than "))
+    assert "none (+nan)" in worse
+
+
+@pytest.mark.parametrize("example", ["regression", "spikes"])
+def test_the_last_line_names_the_picture(example, request):
+    lines, output = request.getfixturevalue(example)
+    (picture,) = output.iterdir()
     assert lines[-1].endswith(str(picture))
     assert picture.read_bytes().startswith(PNG)

@@ -138,7 +138,7 @@ FACTORIES = {
     ),
     "constant-schedule": (
         lambda: thresholds.constant(lambda step: 1.0),
-        "constant: limit must be a number, got a function",
+        "constant: limit must be a number, got <function",
     ),
     "scheduled": (
         lambda: thresholds.scheduled(1.0),
@@ -318,8 +318,8 @@ MISMATCHED = {
             {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), np.float32)},
         ),
         (
-            "per_example: leaves must share a leading batch axis, got shape (2, 3) at 'a' "
-            "and batch sizes [2, 4]."
+            "per_example: leaves must share a leading batch axis, got shape (2, 3) at "
+            "'a' and batch sizes [2, 4]."
         ),
     ),
     "per_example-scalar": (
@@ -328,8 +328,8 @@ MISMATCHED = {
             {"a": np.float32(1.0)},
         ),
         (
-            "per_example: leaves must share a leading batch axis, got shape () at 'a' and "
-            "batch sizes []."
+            "per_example: leaves must share a leading batch axis, got shape () at 'a' "
+            "and batch sizes []."
         ),
     ),
     "interval-complex": (
@@ -337,8 +337,8 @@ MISMATCHED = {
             optclip.clip_by_value(max_value=1.0), {"a": np.ones(2, np.complex64)}
         ),
         (
-            "clip_by_value: min_value and max_value must go with real updates, got complex "
-            "ones at 'a'"
+            "clip_by_value: min_value and max_value must go with real updates, got "
+            "complex ones at 'a'"
         ),
     ),
     "other-leaves": (

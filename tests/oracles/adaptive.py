@@ -86,6 +86,37 @@ def zclip(
     return np.array(out)
 
 
+def robust(
+    norms: Norms,
+    z: float = 3.0,
+    window: int = 48,
+    prior_spread: float = 0.22,
+    prior_steps: float = 8.0,
+) -> Norms:
+    """The library's own: a median of the past, and a spread in log space above it.
+
+    Of an even number of values the median is the lower of the two in the middle.
+    """
+    history: list[float] = []
+    out = []
+    for norm in norms:
+        if not np.isfinite(norm):
+            out.append(np.nan)
+            continue
+        limit = np.inf
+        if history:
+            logs = np.log(history[-window:])
+            count = len(logs)
+            centre = np.sort(logs)[(count - 1) // 2]
+            deviation = 1.4826 * np.sort(np.abs(logs - centre))[(count - 1) // 2]
+            spread = count * deviation + prior_steps * prior_spread
+            limit = np.exp(centre + z * spread / (count + prior_steps))
+        out.append(min(norm, limit))
+        if norm > 0:
+            history.append(norm)
+    return np.array(out)
+
+
 def adagc(
     norms: Norms,
     relative: float = 1.05,

@@ -116,6 +116,14 @@ RULES = {
         lambda g: optclip.autoclip(50.0, window=100, multiple=2.0, grouping=g),
         one_group(adaptive.scaled_adam),
     ),
+    "spike_clip": (
+        lambda g: optclip.spike_clip(grouping=g),
+        one_group(adaptive.robust),
+    ),
+    "spike_clip-short": (
+        lambda g: optclip.spike_clip(1.5, 6, 0.1, 2.0, grouping=g),
+        one_group(adaptive.robust, z=1.5, window=6, prior_spread=0.1, prior_steps=2.0),
+    ),
     **{
         f"zclip-{mode}": (
             lambda g, mode=mode: optclip.zclip(mode=mode, grouping=g),

@@ -40,7 +40,7 @@ def empty(window: int, seen: Seen) -> History:
 def remember(history: History, size: jax.Array) -> History:
     """The history with one more size of each group, the oldest forgotten."""
     window = history.sizes.shape[0]
-    slots = jnp.arange(window).reshape((window,) + (1,) * size.ndim)
+    slots = jnp.arange(window, dtype=jnp.int32).reshape((window,) + (1,) * size.ndim)
     here = slots == (history.seen % window)[None]
     return History(
         jnp.where(here, size[None], history.sizes),
@@ -118,7 +118,9 @@ def _learn(history: History, seen: Seen, limit: jax.Array) -> History:
 def _filled(history: History) -> jax.Array:
     """Which places of the ring hold a size."""
     window = history.sizes.shape[0]
-    slots = jnp.arange(window).reshape((window,) + (1,) * history.seen.ndim)
+    slots = jnp.arange(window, dtype=jnp.int32).reshape(
+        (window,) + (1,) * history.seen.ndim
+    )
     return slots < history.seen[None]
 
 
