@@ -128,8 +128,7 @@ def _namesakes(new: dict[str, _Part], old: dict[str, _Part]) -> dict[str, _Part]
 
 def _in_order(new: dict[str, _Part], old: dict[str, _Part]) -> dict[str, _Part]:
     """The parts of two sequences that fit, in order, with the most leaves together."""
-    nothing: tuple[int, dict[str, _Part]] = (0, {})
-    above = [nothing] * (len(old) + 1)
+    above: list[tuple[int, dict[str, _Part]]] = [(0, {})] * (len(old) + 1)
     for name, part in new.items():
         row, wanted = above[:1], _signature(part.value)
         for column, candidate in enumerate(old.values()):
