@@ -6,6 +6,7 @@
 #   make clean        remove everything that these targets made
 
 PYTHON ?= python3
+# A file stays with one worker, which compiles each function once.
 WORKERS ?= auto
 VENV := .venv
 OLDEST := .venv-oldest
@@ -16,7 +17,7 @@ demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python examples/regression.py
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -n $(WORKERS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check
@@ -24,7 +25,7 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/pyright
 
 test-oldest: $(OLDEST)/test.stamp
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS)
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist examples/output .hypothesis .pytest_cache .ruff_cache

@@ -153,9 +153,9 @@ def _watch(
 
 
 def _judge(seen: Any) -> tuple[jax.Array, jax.Array]:
-    """Whether the last size was finite, and whether it was above its limit."""
+    """Whether the last size was finite, and whether it was not within its limit."""
     size, limit = seen.metrics.size, jnp.maximum(seen.metrics.limit, 0)
-    return jnp.isfinite(size), size > limit
+    return jnp.isfinite(size), ~(size <= limit)  # a limit of NaN shows: nothing passes
 
 
 def _loss(extra_args: dict[str, Any]) -> jax.Array:

@@ -18,6 +18,7 @@ from flax import nnx
 
 import optclip
 from optclip import groupings, thresholds
+from tests.laws.trees import in_x64
 from tests.oracles import adaptive
 
 
@@ -257,8 +258,11 @@ LEARNING = {
     "second_moment_clip": lambda **o: optclip.second_moment_clip(**o),
 }
 
+# One of each; the modes of zclip learn alike.
+ONCE = [rule for rule in LEARNING if "-" not in rule]
 
-@pytest.mark.parametrize("busy", [0, 1, 60], ids=lambda n: f"after {n}")
+
+@pytest.mark.parametrize("busy", [0, 60], ids=lambda n: f"after {n}")
 @pytest.mark.parametrize("rule", LEARNING)
 def test_an_idle_leaf_is_never_locked_at_zero(rule, busy):
     """200 steps of zeros, from the start or later; then it moves as before."""
@@ -273,14 +277,14 @@ def test_an_idle_leaf_is_never_locked_at_zero(rule, busy):
     assert np.mean(outs["idle"][back] / stream["idle"][back]) > 0.8
 
 
-def test_one_empty_step_teaches_adagc_nothing():
-    """Its running minimum would be zero, and then every limit."""
-    stream = np.array([[0.9], [0.0], [0.8], [0.7], [0.75]], np.float32)
+def test_an_empty_step_teaches_adagc_nothing():
+    """Neither the minimum of the warm-up nor the average after it."""
+    norms = [0.7, 0.0, 0.8, 0.7, 0.0, 0.73]
+    stream = np.array(norms, np.float32)[:, None]
     outs, state = scanned(optclip.adagc(1.05, warmup_steps=3), stream)
-    np.testing.assert_allclose(outs.ravel(), [0.9, 0.0, 0.8, 0.7, 0.75])
-    np.testing.assert_allclose(
-        state.threshold.average, 0.98 * (0.98 * 0.8 + 0.014) + 0.015
-    )
+    np.testing.assert_array_equal(outs, stream)
+    average = 0.98 * 0.7 + 0.02 * 0.73
+    np.testing.assert_allclose(state.threshold.average, [average], rtol=1e-6)
 
 
 # Non-finite groups.
@@ -302,7 +306,7 @@ def test_a_bad_leaf_leaves_adagc_s_others_alone(bad, nonfinite):
     assert state.metrics.nonfinite_steps == 3
 
 
-@pytest.mark.parametrize("rule", LEARNING)
+@pytest.mark.parametrize("rule", ONCE)
 def test_goes_on_after_bad_steps(rule):
     """As if they had not been there: from the first step on, and all of them."""
     good = noisy(80, noise=0.5)
@@ -338,7 +342,7 @@ GROUP_RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", [r for r in GROUP_RULES if "-" not in r])
+@pytest.mark.parametrize("rule", ONCE)
 def test_each_label_and_unit_is_on_its_own(rule):
     """A group's updates are those of the rule on the group alone."""
     stream, build = spiky(), GROUP_RULES[rule]
@@ -499,11 +503,11 @@ def types(state):
     ("grouping", "kind"),
     [*(("joint", kind) for kind in FROM), ("within", "float32"), ("within", "float64")],
 )
-@pytest.mark.parametrize("rule", [rule for rule in LEARNING if "-" not in rule])
+@pytest.mark.parametrize("rule", ONCE)
 def test_types_are_fixed_at_init(rule, grouping, kind):
     """Of the state and of the updates, without running anything."""
     tx = LEARNING[rule](grouping=GROUPED[grouping])
-    with jax.enable_x64(kind == "float64"):
+    with in_x64(np.float64 if kind == "float64" else np.float32):
         updates = FROM[kind]()
         start = jax.eval_shape(tx.init, updates)
         out, after = jax.eval_shape(tx.update, updates, start)
@@ -515,7 +519,7 @@ def test_types_are_fixed_at_init(rule, grouping, kind):
             assert wide == {np.dtype("float64" if kind == "float64" else "float32")}
 
 
-@pytest.mark.parametrize("rule", LEARNING)
+@pytest.mark.parametrize("rule", ONCE)
 def test_leaves_of_all_kinds(rule):
     """One factor a leaf, rounded once; what has no size passes untouched."""
     tx = LEARNING[rule](grouping=groupings.per_leaf())
@@ -536,11 +540,10 @@ def test_leaves_of_all_kinds(rule):
     assert state.metrics.clipped_fraction == 1
 
 
-@pytest.mark.parametrize("rule", LEARNING)
+@pytest.mark.parametrize("rule", ONCE)
 def test_derivatives_are_finite(rule):
     """Through four steps and what they taught, at zero gradients too."""
-    build = {"zclip": {"warmup_steps": 2}, "zclip-mean": {"warmup_steps": 2}}
-    tx = LEARNING[rule](**build.get(rule, {}))
+    tx = LEARNING[rule](**{"warmup_steps": 2} if rule == "zclip" else {})
 
     @jax.jit
     @jax.grad

@@ -167,6 +167,11 @@ def test_a_schedule_counts_all_steps():
     assert which == [True, False, False, True, False, True]
 
 
+def test_a_limit_that_is_not_a_number_lets_nothing_pass():
+    tx = optclip.skip_step(optax.sgd(1.0), lambda step: jnp.nan, max_consecutive=2)
+    assert skipped(tx, [1.0, 1.0, 1.0])[0] == [True, True, False]  # but for patience
+
+
 def test_a_learned_limit_learns_from_dropped_steps():
     """A percentile follows a permanent shift; from NaN it learns nothing."""
     tx = optclip.skip_step(

@@ -6,7 +6,7 @@ a group of size 0 stays zero under every limit.
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.laws import trees
@@ -43,27 +43,20 @@ def test_within_limit(row, dtype, data):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@settings(max_examples=15)
 @given(data=st.data())
-def test_infinite_limit(row, dtype, data):
-    """Whatever the action: nothing changes."""
-    tree = data.draw(trees.trees(row, dtype))
-    out, _ = trees.run(row, Case(tree, trees.wide_dtype(dtype)(np.inf)))
+def test_infinity_and_zero(row, dtype, data):
+    """Whatever the action: nothing changes, everything becomes zero."""
+    tree, limit = data.draw(trees.trees(row, dtype)), trees.wide_dtype(dtype)
+    unchanged, _ = trees.run(row, Case(tree, limit(np.inf)))
+    zeros, _ = trees.run(row, Case(tree, limit(0.0)))
     for path, x in tree.items():
-        assert out[path].tobytes() == x.tobytes(), path
+        assert unchanged[path].tobytes() == x.tobytes(), path
+        assert np.all(zeros[path] == 0), path
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
-@given(data=st.data())
-def test_limit_zero(row, dtype, data):
-    """Everything becomes zero, at every magnitude."""
-    tree = data.draw(trees.trees(row, dtype))
-    out, _ = trees.run(row, Case(tree, trees.wide_dtype(dtype)(0.0)))
-    for path, x in out.items():
-        assert np.all(x == 0), path
-
-
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
-@pytest.mark.parametrize("limit", [0.0, 1e-30, 1.0, 1e37, np.inf])
+@pytest.mark.parametrize("limit", [0.0, 1e-30, np.inf])
 def test_size_zero(row, dtype, limit):
     """Zeros stay zeros, never NaN, and negative ones negative."""
     shapes = trees.BATCHED if row.batched else trees.SHAPES

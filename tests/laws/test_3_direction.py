@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.laws import trees
@@ -10,6 +10,7 @@ from tests.laws.trees import combinations
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@settings(max_examples=15)
 @given(data=st.data())
 def test_direction(row, dtype, data):
     """One factor for a group; no element grows, turns or changes its sign."""
@@ -21,11 +22,11 @@ def test_direction(row, dtype, data):
         largest = np.argmax(np.abs(before))
         if before[largest] == 0:
             continue
-        factor = (after[largest] / before[largest]).real
-        assert 0 <= factor <= 1
+        # The largest element's factor for all; the quotient itself could be subnormal.
+        expected = after[largest] * (before / before[largest])
         # Each element was rounded on its own, the reference too.
         slack = 3 * eps * np.abs(after) + 1.5 * tiny
-        assert np.all(np.abs(after - factor * before) <= slack)
+        assert np.all(np.abs(after - expected) <= slack)
         for part in (np.real, np.imag):
             assert np.all(np.abs(part(after)) <= np.abs(part(before)))
             turned = np.sign(part(after)) * np.sign(part(before)) < 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optclip
@@ -57,9 +57,7 @@ def test_propagate(row, dtype, data):
     check_groups(row, case, data.draw(spoilt(case.tree)))
 
 
-@pytest.mark.parametrize(
-    ("row", "dtype"), combinations("clip", dtypes=("float32", "float16", "complex64"))
-)
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", dtypes=("float32",)))
 @given(data=st.data())
 def test_zero(row, dtype, data):
     """The group is zero throughout."""
@@ -121,8 +119,10 @@ def test_measuring(row, dtype, data):
 
 
 @pytest.mark.parametrize("row", rows("clip"))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@pytest.mark.parametrize(
+    ("dtype", "nonfinite"),
+    [("float32", "propagate"), ("bfloat16", "propagate"), ("float32", "zero")],
+)
 def test_size_out_of_range(row, dtype, nonfinite):
     """A finite group whose size float32 cannot hold counts as not finite."""
     huge = trees.info(dtype).max
@@ -143,7 +143,11 @@ def test_size_out_of_range(row, dtype, nonfinite):
     assert state.metrics.nonfinite_steps == int(max(sizes) > representable)
 
 
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    combinations("clip", "elementwise", dtypes=("float32", "float16", "complex64")),
+)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_limit_nan(row, dtype, data):
     """A limit that is not a number gives NaN for every group that has a size."""

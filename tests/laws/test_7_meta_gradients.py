@@ -48,9 +48,16 @@ def derivatives(name):
     return both
 
 
+EVERY = ("clip", "elementwise", "measuring")
+COMPLEX = combinations(*EVERY, dtypes=("complex64",))
+
+
 @pytest.mark.parametrize(
     ("row", "dtype"),
-    combinations("clip", "elementwise", "measuring", dtypes=("float32", "complex64")),
+    combinations(*EVERY, dtypes=("float32",))
+    + [
+        p for p in COMPLEX if p.values[0].name in (*trees.SAMPLE, "clip_by-per_element")
+    ],
 )
 @given(data=st.data())
 def test_finite(row, dtype, data):
@@ -61,7 +68,7 @@ def test_finite(row, dtype, data):
         assert np.all(np.isfinite(trees.wide(x)))
 
 
-@pytest.mark.parametrize("row", rows("clip", "elementwise", "measuring"))
+@pytest.mark.parametrize("row", rows(*EVERY))
 @pytest.mark.parametrize("limit", [0.0, 1e-30, 1.0, 1e37, np.inf])
 def test_finite_at_zero(row, limit):
     """Where norms and roots have no derivative."""
@@ -72,13 +79,15 @@ def test_finite_at_zero(row, limit):
         assert np.all(np.isfinite(x))
 
 
-# At the ends of the range only where sizes are measured in another unit.
-RIGHT = [pytest.param(*p.values, 1.0, id=p.id) for p in rows("clip", "elementwise")]
-RIGHT += [
+# Every measure, every action and every way back to the leaves; at the ends of the range
+# only where sizes are measured in another unit.
+ENDS = ("clip_by_global_norm-lp3", "clip_by_global_norm-smooth")
+OTHERS = ("clip_by_norm-max_abs", "clip_by_norm-per_unit", "clip_by_block_rms", "clip")
+RIGHT = [
     pytest.param(*p.values, magnitude, id=f"{p.id}-{magnitude}")
-    for p in rows("clip")
-    for magnitude in (1e-120, 1e120)
-    if p.id in ("clip_by_global_norm-lp3", "clip_by_global_norm-smooth", "clip_by_norm")
+    for p in rows("clip", "elementwise")
+    for magnitude in ((1e-120, 1.0, 1e120) if p.id in ENDS else (1.0,))
+    if p.id.startswith("clip_by_global_norm") or p.id in OTHERS
 ]
 
 
