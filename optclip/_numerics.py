@@ -115,6 +115,19 @@ def _ratio(size: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.where(plain, ratio, (size == 0).astype(size.dtype))
 
 
+@jax.custom_jvp
+def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, with a derivative that does not square y out of range."""
+    return x / y
+
+
+@quotient.defjvp
+def _quotient_jvp(primals: Any, tangents: Any) -> Any:
+    (x, y), (d_x, d_y) = primals, tangents
+    ratio = quotient(x, y)
+    return ratio, (d_x - ratio * d_y) / y
+
+
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """x · factor for a real factor; a complex x by parts, which mixes no infinities."""
     if jnp.iscomplexobj(x):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks
+from optclip import _checks, _numerics
 
 
 class Action(NamedTuple):
@@ -79,7 +79,9 @@ def smooth() -> Action:
         small = size <= limit
         large = jnp.where(small, limit, size)
         zero = large == 0
-        ratio = jnp.where(small, size, limit) / jnp.where(zero, 1, large)
+        ratio = _numerics.quotient(
+            jnp.where(small, size, limit), jnp.where(zero, 1, large)
+        )
         return jnp.where(small, size, limit) / (1 + ratio)
 
     return Action(target)

@@ -93,7 +93,8 @@ max_abs = Measure(lift=jnp.abs, combine=MAX, lower=lambda total, count: total)
 def lp(p: float) -> Measure:
     """The p-norm, (Σ|x|^p)^(1/p), for any real p >= 1.
 
-    `lp(1)`, `lp(2)` and `lp(inf)` are `l1`, `l2` and `max_abs`.
+    `lp(1)`, `lp(2)` and `lp(inf)` are `l1`, `l2` and `max_abs`. Values are right over
+    float32's range for every p; derivatives only where |x|^p does not overflow.
 
     Args:
       p: a real number >= 1; `math.inf` is allowed.

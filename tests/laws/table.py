@@ -31,6 +31,8 @@ class Row(NamedTuple):
       argument: the name of its limit argument in messages; None if it takes thresholds.
       identity: whether a group within its limit keeps its bits, or the reason not.
       batched: whether leaves need a common leading axis.
+      differentiable_to: the largest entry at which derivatives are promised: |x|^p
+        overflows float32 for p = 3 there, and with it the pass not chosen.
       has_metrics: whether its state holds `ClipMetrics`, or the reason not.
       complex: whether it takes complex leaves, or the reason not.
       least_limit: positive limits below it may not give the oracle's outputs.
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     identity: bool | str = True
     batched: bool = False
     has_metrics: bool | str = True
+    differentiable_to: float = float("inf")
     complex: bool | str = True
     least_limit: float = 0.0
 
@@ -92,6 +95,7 @@ ROWS = [
         {"grouping": "whole", "measure": 3},
         public="clip_by_global_norm",
         argument="max_norm",
+        differentiable_to=1e12,
     ),
     Row(
         "clip_by_global_norm-lp1.5",
