@@ -26,11 +26,16 @@ _caller: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 @contextlib.contextmanager
 def inside(rule: str) -> Iterator[None]:
     """Messages from within name this rule: the one that the user called."""
-    token = _caller.set(_caller.get() or rule)
+    token = _caller.set(caller(rule))
     try:
         yield
     finally:
         _caller.reset(token)
+
+
+def caller(rule: str) -> str:
+    """The rule that messages name: the one that the user called, or else this one."""
+    return _caller.get() or rule
 
 
 def non_negative(rule: str, **named: Any) -> None:
@@ -123,4 +128,4 @@ def _number(rule: str, wanted: str, holds: Callable[[Any], bool], **named: Any) 
 
 
 def _error(rule: str, name: str, wanted: str, got: str) -> ValueError:
-    return ValueError(f"{_caller.get() or rule}: {name} must be {wanted}, got {got}.")
+    return ValueError(f"{caller(rule)}: {name} must be {wanted}, got {got}.")

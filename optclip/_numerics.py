@@ -52,6 +52,15 @@ def for_measuring(x: jax.Array, wide: Any) -> jax.Array:
     return widen(jax.lax.optimization_barrier(x), wide)
 
 
+def finite(size: jax.Array) -> jax.Array:
+    """Sizes, with the largest number for those that are not finite.
+
+    What is computed from an infinite size in a pass that is not chosen would have an
+    infinite derivative, and zero times that is NaN.
+    """
+    return jnp.where(jnp.isfinite(size), size, jnp.finfo(size.dtype).max)
+
+
 class Range(NamedTuple):
     """Where squares of a dtype are safe, as powers of two."""
 
@@ -126,6 +135,13 @@ def _quotient_jvp(primals: Any, tangents: Any) -> Any:
     (x, y), (d_x, d_y) = primals, tangents
     ratio = quotient(x, y)
     return ratio, (d_x - ratio * d_y) / y
+
+
+def hypot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """√(x² + y²) of non-negative numbers, whose derivative squares nothing tiny."""
+    large, small = jnp.maximum(x, y), jnp.minimum(x, y)
+    share = quotient(small, jnp.where(large == 0, jnp.ones_like(large), large))
+    return large * jnp.sqrt(1 + jnp.square(share))
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:

@@ -54,6 +54,7 @@ def _union(combine: Combine, parts: list[jax.Array]) -> jax.Array:
 
 
 def param_sizes(
+    rule: str,
     gathered: blocks.Gathered,
     params: Any,
     measure: Measure,
@@ -67,10 +68,10 @@ def param_sizes(
     """
     if params is None:
         raise ValueError(
-            "clip_by: params must be given to update where limits are relative to them "
-            "(adaptive_grad_clip, relative_to_params), got None."
+            f"{rule}: params must be given to update, because limits are relative to "
+            f"them, got None."
         )
-    beside = blocks.gather("clip_by", params, grouping, axis_name)
+    beside = blocks.gather(rule, params, grouping, axis_name)
     # An infinite limit: parameters that are zero need no second look, large ones do.
     sizes, _ = measuring.measured(
         beside, measure, lambda seen: [jnp.full((), jnp.inf, beside.wide) for _ in seen]
@@ -82,7 +83,7 @@ def param_sizes(
     missing = [g.label for g in gathered.groups if g.label not in by_label]
     if missing:
         raise ValueError(
-            f"clip_by: params must have every leaf of updates, got none at "
+            f"{rule}: params must have every leaf of updates, got none at "
             f"{missing[0]!r}."
         )
     return blocks.stacked(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _meshes
+from optclip import _checks, _meshes, _numerics
 from optclip.clipping import beside, blocks, measuring, metrics
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.groupings import Grouping, whole
@@ -83,15 +83,16 @@ def clip_by(
     >>> print(updates["w"], state.metrics.size)
     [ 1.  -0.5] 4.0
     """
-    _checks.instance("clip_by", Threshold, threshold=threshold)
-    _checks.instance("clip_by", Measure, measure=measure)
-    _checks.instance("clip_by", Grouping, grouping=grouping)
-    _checks.instance("clip_by", Action, action=action)
-    _checks.choice("clip_by", ("propagate", "zero"), nonfinite=nonfinite)
+    rule = _checks.caller("clip_by")
+    _checks.instance(rule, Threshold, threshold=threshold)
+    _checks.instance(rule, Measure, measure=measure)
+    _checks.instance(rule, Grouping, grouping=grouping)
+    _checks.instance(rule, Action, action=action)
+    _checks.choice(rule, ("propagate", "zero"), nonfinite=nonfinite)
     if threshold.init is not None and not grouping.keeps_state:
         raise ValueError(
-            "clip_by: threshold must have no state under per_example, whose groups are "
-            "others at every step, got one with state."
+            f"{rule}: threshold must have no state under per_example, whose groups are "
+            f"others at every step, got one with state."
         )
     spoiled = jnp.nan if nonfinite == "propagate" else 0.0
     # Of one number every size is the same, and this one never overflows.
@@ -104,7 +105,7 @@ def clip_by(
 
     def init(params: optax.Params) -> ClipState:
         axes = _meshes.bound(axis_name)
-        gathered = blocks.gather("clip_by", params, grouping, axes)
+        gathered = blocks.gather(rule, params, grouping, axes)
         step = jnp.zeros((), jnp.int32)
         state = ()
         if threshold.init is not None:
@@ -116,7 +117,7 @@ def clip_by(
         if gathered.groups:  # a bad limit is reported here, not at the first update
             for shape, own in zip(
                 blocks.block_shapes(gathered),
-                _unpack(gathered, threshold, state),
+                _unpack(rule, gathered, threshold, state),
                 strict=True,
             ):
                 zeros = jnp.zeros(shape, gathered.wide)
@@ -133,13 +134,13 @@ def clip_by(
         del extra_args
         if state is None:
             state = init(updates if params is None else params)
-        gathered = blocks.gather("clip_by", updates, grouping, axis_name)
-        states = _unpack(gathered, threshold, state.threshold)
+        gathered = blocks.gather(rule, updates, grouping, axis_name)
+        states = _unpack(rule, gathered, threshold, state.threshold)
 
         of_params = [None] * len(states)
         if threshold.needs_params and gathered.groups:
             of_params = beside.param_sizes(
-                gathered, params, measure, grouping, axis_name
+                rule, gathered, params, measure, grouping, axis_name
             )
 
         def see(sizes: list[jax.Array]) -> list[Seen]:
@@ -149,7 +150,7 @@ def clip_by(
                 whole = beside.whole_size(gathered, measure, apart)
             step, names = state.metrics.steps, gathered.names
             return [
-                Seen(size, step, names, own, whole)
+                Seen(_numerics.finite(size), step, names, own, whole)
                 for size, own in zip(sizes, of_params, strict=True)
             ]
 
@@ -160,29 +161,29 @@ def clip_by(
             ]
             return [x if x is None else jnp.asarray(x, gathered.wide) for x in limits]
 
-        sizes, limits = measuring.measured(gathered, measure, judge)
+        learns = threshold.init is not None
+        sizes, limits = measuring.measured(gathered, measure, judge, learns)
         if None not in limits:  # there is something to clip to
             limit_of = blocks.unstacked(gathered, limits)
             targets = [aim(*pair) for pair in zip(sizes, limit_of, strict=True)]
             updates = blocks.spread(gathered, sizes, targets)
 
-        seen = see(blocks.stacked(gathered, sizes))
+        in_blocks = blocks.stacked(gathered, sizes)
         learned = [
-            _unless_spoiled(block, own, threshold.observe(own, block, limit))
-            for block, own, limit in zip(seen, states, limits, strict=True)
+            _unless_spoiled(size, own, threshold.observe(own, seen, limit))
+            for size, own, seen, limit in zip(
+                in_blocks, states, see(in_blocks), limits, strict=True
+            )
         ]
-        reduced = [block.size for block in seen]
-        if grouping.is_elementwise:
-            reduced = measuring.apart(gathered)
-        numbers = metrics.after(state.metrics, reduced, limits, grouping)
+        numbers = metrics.after(state.metrics, in_blocks, limits, grouping)
         return updates, ClipState(_pack(gathered, threshold, learned), numbers)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _unless_spoiled(seen: Seen, old: Any, new: Any) -> Any:
+def _unless_spoiled(size: jax.Array, old: Any, new: Any) -> Any:
     """The new state of finite groups, the old one of others; block axes come last."""
-    finite = jnp.isfinite(seen.size)
+    finite = jnp.isfinite(size)
     return jax.tree.map(lambda a, b: jnp.where(finite, b, a).astype(a.dtype), old, new)
 
 
@@ -212,18 +213,23 @@ def _unboxed(node: Any) -> Any:
     return leaves[0] if leaves else node
 
 
-def _unpack(gathered: blocks.Gathered, threshold: Threshold, state: Any) -> list[Any]:
+def _unpack(
+    rule: str, gathered: blocks.Gathered, threshold: Threshold, state: Any
+) -> list[Any]:
     """The state of each block, by order: NNX gives `init` and `update` other trees."""
-    if gathered.joint:
-        return [state]
     count = len(gathered.groups)
     treedef = jax.tree_util.tree_structure(_blank(threshold))
     leaves, width = jax.tree_util.tree_leaves(state), treedef.num_leaves
-    if len(leaves) != width * count:
+    kept = len(leaves) // width if width else count
+    if gathered.joint:  # the block is the last axis
+        kept = leaves[0].shape[-1] if leaves else max(count, 1)
+    if kept != (max(count, 1) if gathered.joint else count):
         raise ValueError(
-            f"clip_by: updates must have the measured leaves that init saw, got "
-            f"{count} for a state of {len(leaves) // width}."
+            f"{rule}: updates must have the measured groups that init saw, got {count} "
+            f"for a state of {kept}."
         )
+    if gathered.joint:
+        return [state]
     parts = [leaves[number::count] for number in range(count)]
     return [jax.tree_util.tree_unflatten(treedef, part) for part in parts]
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from optclip import _layouts, _paths
+from optclip import _checks, _layouts, _paths
 
 Shape = tuple[int, ...]
 
@@ -173,6 +173,8 @@ def per_unit(
      [0.8 0.4]]
     """
 
+    rule = _checks.caller("per_unit")
+
     def stack_of(path: str) -> int | None:
         if isinstance(stacked, str):
             return 1 if re.search(stacked, path) else None
@@ -184,7 +186,7 @@ def per_unit(
         else:
             chosen = axes
         if chosen is not None:
-            return _in_range(path, shape, chosen)
+            return _in_range(rule, path, shape, chosen)
         layout = _layouts.layout(path, shapes, stacked=stack_of(path))
         return layout.unit_axes(shape)
 
@@ -205,13 +207,13 @@ def per_element() -> Grouping:
     return Grouping(lambda path, shape, shapes: (), None, sums=False)
 
 
-def _in_range(path: str, shape: Shape, axes: int | tuple[int, ...]) -> Shape:
+def _in_range(rule: str, path: str, shape: Shape, axes: int | tuple[int, ...]) -> Shape:
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = len(shape)
     for axis in axes:
         if not -rank <= axis < rank:
             raise ValueError(
-                f"per_unit: axes must exist in every leaf, got {axis} for {path!r} of "
+                f"{rule}: axes must exist in every leaf, got {axis} for {path!r} of "
                 f"shape {shape}."
             )
     return tuple(sorted({axis % rank for axis in axes}))

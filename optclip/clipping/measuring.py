@@ -23,14 +23,16 @@ def measured(
     gathered: Gathered,
     measure: Measure,
     judge: Callable[[list[jax.Array]], list[Any]],
+    learns: bool = False,
 ) -> tuple[list[jax.Array], list[Any]]:
     """The size of every group, and the limits that `judge` gives their blocks.
 
     Sums of squares overflow float32 above 1e19 and lose digits below 1e-9. So after
     the one ordinary pass, a second, in a better unit, runs only if a total is not
     finite, or is tiny and its limit (None or 0: unknown) tinier: never for groups that
-    are merely zero under an ordinary limit. Choosing costs nothing at run time; three
-    accumulators in one pass would cost 4x.
+    are merely zero under an ordinary limit. A limit that `learns` is unknown while it
+    is infinite: what it learns first has to be right. Choosing costs nothing at run
+    time; three accumulators in one pass would cost 4x.
     """
     plain = totals(gathered, measure)
     sizes = _lowered(gathered, measure, plain)
@@ -41,6 +43,8 @@ def measured(
     usable = _numerics.range_of(gathered.wide)
     zero = jnp.zeros((), gathered.wide)
     known = [zero if limit is None else limit for limit in limits]
+    if learns:
+        known = [jnp.where(limit < jnp.inf, limit, 0) for limit in known]
     doubts = [
         _is_doubtful(total, limit, measure.lower(usable.tiny + zero, group.count))
         for group, total, limit in zip(
@@ -214,21 +218,3 @@ def _nonzero(largest: jax.Array) -> jax.Array:
     usable = (largest > 0) & jnp.isfinite(largest)
     unit = jnp.minimum(largest, 2.0 ** (int(jnp.finfo(largest.dtype).maxexp) - 3))
     return jax.lax.stop_gradient(jnp.where(usable, unit, jnp.ones_like(unit)))
-
-
-def apart(gathered: Gathered) -> list[tuple[jax.Array, jax.Array]]:
-    """The sizes of single elements, once more, to be reduced; and their sum of squares.
-
-    XLA:CPU writes |x| to memory if a reduction shares it with the clipping itself. All
-    leaves stand behind one barrier, which is none of those in `for_measuring`: equal
-    barriers would be merged.
-    """
-    leaves = [group.members[0].leaf for group in gathered.groups]
-    barred, _ = jax.lax.optimization_barrier((leaves, jnp.zeros(())))
-    return [
-        (
-            jnp.abs(_numerics.widen(again, gathered.wide)),
-            jnp.sum(_squares_beside(leaf, gathered.wide)),
-        )
-        for leaf, again in zip(leaves, barred, strict=True)
-    ]

@@ -83,8 +83,8 @@ def after(
     by_axes: dict[tuple[Any, ...], _Summary] = {}
     for size, limit in zip(sizes, limits, strict=True):
         limit = jnp.asarray(jnp.inf if limit is None else limit, old.limit.dtype)
-        block = _element_summary(*size, limit) if elementwise else _summary(size, limit)
-        axes = _meshes.varying_axes(block.size)
+        block = (_element_summary if elementwise else _summary)(size, limit)
+        axes = _meshes.varying_axes(block.clipped)
         both = _worse(by_axes[axes], block) if axes in by_axes else block
         by_axes[axes] = both
     overall = None
@@ -97,8 +97,6 @@ def after(
 
     fraction = overall.clipped / overall.count
     clipped = overall.clipped > 0
-    if elementwise:  # on any mesh: the devices without the NaN see clipping
-        clipped &= ~jnp.isnan(overall.ratio)
     unknown = jnp.full((), jnp.nan) if elementwise else None
 
     def keep(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -152,20 +150,23 @@ def _furthest(
 
 
 @jax.jit
-def _element_summary(size: jax.Array, squares: jax.Array, limit: jax.Array) -> _Summary:
-    # As large as the leaf, and XLA:CPU writes a comparison or a selection to memory
-    # before it reduces it: so plain maxima only.
-    bound = jnp.maximum(limit, 0)
-    largest = _meshes.remembering(jnp.max(size), squares)
-    over = largest > bound
-    if bound.ndim > 0:
-        over = _meshes.remembering(jnp.max(size - bound), squares) > 0
+def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
+    # As large as the leaf, and XLA:CPU writes a comparison to memory before it reduces
+    # it, unless two are reduced together: then it makes both on the way, in one read.
+    finite = jnp.isfinite(size)
+    clipped, nonfinite = jax.lax.reduce(
+        (finite & (size > jnp.maximum(limit, 0)), ~finite),
+        (False, False),
+        lambda a, b: (a[0] | b[0], a[1] | b[1]),
+        tuple(range(size.ndim)),
+    )
+    unknown = jnp.zeros((), size.dtype)
     return _Summary(
-        ratio=largest,
-        size=largest,
-        limit=largest,
-        clipped=over.astype(jnp.float32),
-        nonfinite=(~jnp.isfinite(largest)).astype(jnp.float32),
+        ratio=unknown,
+        size=unknown,
+        limit=unknown,
+        clipped=clipped.astype(jnp.float32),
+        nonfinite=nonfinite.astype(jnp.float32),
         count=jnp.ones((), jnp.float32),
     )
 

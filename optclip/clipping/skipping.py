@@ -149,7 +149,8 @@ def _watch(
         threshold = limit
     else:
         threshold = from_limit("skip_step", **{name: limit})
-    return clip_by(threshold, measure=measure, axis_name=axis_name)
+    with _checks.inside("skip_step"):
+        return clip_by(threshold, measure=measure, axis_name=axis_name)
 
 
 def _judge(seen: Any) -> tuple[jax.Array, jax.Array]:

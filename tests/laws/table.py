@@ -22,19 +22,26 @@ class Row(NamedTuple):
 
     Attributes:
       name: unique, the test's id.
-      kind: "clip" (groups scaled to a limit), "elementwise" (flat clamps), "measuring"
-        (never changes an update), "wrapper" or "projection".
+      kind: "clip" (groups scaled to a limit), "adaptive" (to a limit that the rule
+        sets itself, from a history as short as it takes for two steps to teach it),
+        "elementwise" (flat clamps), "measuring" (never changes an update), or "wrapper"
+        (around an optimizer, here one that does nothing).
       build: limit (number, array, schedule or tracer) to the transform; rows of kind
-        "clip" also take options of `clip_by` as keywords.
+        "adaptive" have no use for it; both they and "clip" take options of `clip_by`.
       oracle: keyword arguments for `tests.oracles.fixed.clip`.
       public: the public name whose row this is, for the check that none is missing.
       argument: the name of its limit argument in messages; None if it takes thresholds.
       identity: whether a group within its limit keeps its bits, or the reason not.
       batched: whether leaves need a common leading axis.
+      needs_params: whether `update` must be given the parameters.
       differentiable_to: the largest entry at which derivatives are promised: |x|^p
         overflows float32 for p = 3 there, and with it the pass not chosen.
       has_metrics: whether its state holds `ClipMetrics`, or the reason not.
       complex: whether it takes complex leaves, or the reason not.
+      ulps: how far jit may be from eager: a limit that is an exponential of a logarithm
+        is rounded as XLA pleases.
+      temporary: the share of half-precision gradients that it may need beside them:
+        numbers a unit are not little beside a fan-in of 512 where there are six.
       least_limit: positive limits below it may not give the oracle's outputs.
     """
 
@@ -46,9 +53,12 @@ class Row(NamedTuple):
     argument: str | None = None
     identity: bool | str = True
     batched: bool = False
+    needs_params: bool = False
     has_metrics: bool | str = True
     differentiable_to: float = float("inf")
     complex: bool | str = True
+    ulps: int = 2
+    temporary: float = 0.01
     least_limit: float = 0.0
 
 
@@ -66,6 +76,20 @@ REAL = "an interval says nothing about complex numbers, so clip_by_value raises"
 FLAT = "flat: it measures nothing, so it keeps no state"
 SMOOTH = "smooth shrinks every group, by its definition"
 EPS = "div_eps > 0 is PyTorch's convention, which shrinks a group at its limit"
+
+COUNTERS = "skip_step's own metrics are counters; the sizes are in its watch"
+
+
+def _adaptive(public: str, grouping: str = "whole", **arguments: Any) -> Row:
+    rule = getattr(optclip, public)
+    return Row(
+        public,
+        "adaptive",
+        lambda limit, **options: rule(**arguments, **options),
+        {"grouping": grouping},
+        public=public,
+    )
+
 
 ROWS = [
     Row(
@@ -236,6 +260,25 @@ ROWS = [
         public="clip",
         argument="max_delta",
         has_metrics=FLAT,
+    ),
+    _adaptive("spike_clip", window=4)._replace(ulps=8),
+    _adaptive("autoclip", percentile=40.0, window=3),
+    _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
+    _adaptive("adagc", "leaf", warmup_steps=2),
+    _adaptive("quantile_clip"),
+    _adaptive("norm_growth_clip", "leaf"),
+    _adaptive("second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1),
+    _adaptive("adaptive_grad_clip", "unit", clipping=0.5)._replace(
+        needs_params=True, temporary=0.02
+    ),
+    Row(
+        "skip_step",
+        "wrapper",
+        lambda limit: optclip.skip_step(optax.identity(), limit),
+        {"grouping": "whole"},
+        public="skip_step",
+        argument="threshold",
+        has_metrics=COUNTERS,
     ),
     Row(
         "monitor",

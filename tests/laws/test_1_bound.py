@@ -7,7 +7,7 @@ lost to an intermediate that overflows or vanishes.
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.laws import trees
@@ -46,6 +46,27 @@ def test_bound(row, dtype, data):
         # numbers, anything down to a flush to zero, of both parts of a complex number.
         off = np.abs(trees.wide(value) - expected[path])
         assert np.all(off <= 5 * eps * np.abs(expected[path]) + 1.5 * tiny), path
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype"), combinations("adaptive", dtypes=("float32", "bfloat16"))
+)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_bound_that_the_rule_sets(row, dtype, data):
+    """The group furthest over its limit, which is the one that the metrics show."""
+    if row.oracle["grouping"] == "element":
+        pytest.skip("elements report counters only; the oracle has each one's limit")
+    stream = data.draw(trees.streams(row, dtype))
+    eps = float(trees.info(dtype).eps)
+    for tree, (out, state) in zip(stream, trees.walk(row, stream), strict=True):
+        before, after = trees.sizes_of(row, tree), trees.sizes_of(row, out)
+        limit, shown = float(state.metrics.limit), float(state.metrics.size)
+        slack = below_normal(dtype, "l2", 26)
+        for size, clipped in zip(before, after, strict=True):
+            assert clipped <= size * (1 + 4 * eps) + slack
+        furthest = int(np.argmin(np.abs(np.subtract(before, shown))))
+        assert after[furthest] <= limit * (1 + 4 * eps) + slack
 
 
 @pytest.mark.parametrize("row", rows("clip"))

@@ -55,7 +55,35 @@ def test_infinity_and_zero(row, dtype, data):
         assert np.all(zeros[path] == 0), path
 
 
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    combinations("adaptive", "wrapper", dtypes=("float32", "bfloat16")),
+)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_steps_that_are_not_clipped(row, dtype, data):
+    """As the counter says, whatever the limit was."""
+    stream = data.draw(trees.streams(row, dtype))
+    clipped = 0
+    for tree, (out, state) in zip(stream, trees.walk(row, stream), strict=True):
+        before = clipped
+        counters = state.metrics
+        clipped = int(
+            counters.clipped_steps
+            if row.has_metrics is True
+            else counters.skipped_steps
+        )
+        for path, x in tree.items():
+            if clipped == before:
+                assert out[path].tobytes() == x.tobytes(), path
+            assert np.all(np.isfinite(trees.wide(out[path])))
+
+
+UNCLIPPED = combinations("clip", "elementwise")
+UNCLIPPED += combinations("adaptive", "wrapper", dtypes=("float32", "complex64"))
+
+
+@pytest.mark.parametrize(("row", "dtype"), UNCLIPPED)
 @pytest.mark.parametrize("limit", [0.0, 1e-30, np.inf])
 def test_size_zero(row, dtype, limit):
     """Zeros stay zeros, never NaN, and negative ones negative."""
@@ -69,7 +97,7 @@ def test_size_zero(row, dtype, limit):
     for path, x in tree.items():
         assert np.all(out[path] == 0), path
         # Zero is within a limit of zero too; for a clamp its bounds -0 and 0 are equal.
-        if row.kind == "clip":
+        if row.kind != "elementwise":
             assert out[path].tobytes() == x.tobytes(), path
     if row.has_metrics is True:
         assert state.metrics.clipped_steps == state.metrics.nonfinite_steps == 0

@@ -16,9 +16,26 @@ def test_direction(row, dtype, data):
     """One factor for a group; no element grows, turns or changes its sign."""
     case = data.draw(trees.cases(row, dtype))
     out, _ = trees.run(row, case)
+    check_direction(row, dtype, case.tree, out)
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    combinations("adaptive", "wrapper", dtypes=("float32", "bfloat16")),
+)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_direction_along_a_stream(row, dtype, data):
+    """The same at every step, however the rule came by its limit."""
+    stream = data.draw(trees.streams(row, dtype))
+    for tree, (out, _) in zip(stream, trees.walk(row, stream), strict=True):
+        check_direction(row, dtype, tree, out)
+
+
+def check_direction(row, dtype, tree, out):
     eps, tiny = float(trees.info(dtype).eps), float(trees.info(dtype).smallest_normal)
     for group in trees.groups_of(row, out):
-        before, after = trees.values(case.tree, group), trees.values(out, group)
+        before, after = trees.values(tree, group), trees.values(out, group)
         largest = np.argmax(np.abs(before))
         if before[largest] == 0:
             continue

@@ -4,6 +4,7 @@
 lets the threshold observe it, and both count it. Flat clamps have no groups.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,41 @@ def test_zero(row, dtype, data):
     """The group is zero throughout."""
     case = data.draw(trees.cases(row, dtype))
     check_groups(row, case, data.draw(spoilt(case.tree)), nonfinite="zero")
+
+
+@pytest.mark.parametrize("row", rows("adaptive"))
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_rules_that_learn(row, nonfinite, data):
+    """The bad group as it says, others as without it; the rule goes on as if unseen."""
+    tree = data.draw(trees.trees(row, "float32"))
+    bad = data.draw(spoilt(tree))
+    options = {} if nonfinite == "propagate" else {"nonfinite": nonfinite}
+    (_, before), (out, after), (again, _) = trees.walk(
+        row, [tree, bad, tree], **options
+    )
+    assert after.metrics.nonfinite_steps - before.metrics.nonfinite_steps == 1
+    for group in trees.groups_of(row, bad):
+        if not np.all(np.isfinite(trees.values(bad, group))):
+            values = trees.values(out, group)
+            assert np.all(values == 0 if nonfinite == "zero" else np.isnan(values))
+        else:
+            assert np.all(np.isfinite(trees.values(out, group)))
+    for path, x in again.items():
+        assert np.all(np.isfinite(x)), path
+    if row.oracle["grouping"] == "whole":
+        chex.assert_trees_all_equal(after.threshold, before.threshold)
+
+
+@pytest.mark.parametrize("row", rows("wrapper"))
+@given(data=st.data())
+def test_wrapper(row, data):
+    """All of the step is zero, whichever group it was, and the counter rises."""
+    tree = data.draw(trees.trees(row, "float32"))
+    _, (out, state) = trees.walk(row, [tree, data.draw(spoilt(tree))])
+    assert all(np.all(x == 0) for x in out.values())
+    assert state.metrics.consecutive_skips >= 1
 
 
 @pytest.mark.parametrize("measure", ["l2", "l1", "lp3", "lp1.5", "max_abs"])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.laws import trees
@@ -20,7 +20,7 @@ from tests.laws.trees import combinations
 
 def weighted(row, tree, limit):
     """A number that depends on every output, by weights in [-1, 1]."""
-    out, _ = row.build(limit).update(tree, None)
+    out, _ = row.build(limit).update(tree, None, tree)
     wide = limit.dtype
     total = jnp.zeros((), wide)
     for number, x in enumerate(out.values()):
@@ -41,7 +41,7 @@ def derivatives(name):
         gradient = jax.grad(function, argnums=(0, 1))(tree, limit)
         tangents = (jax.tree.map(jnp.ones_like, tree), jnp.ones_like(limit))
         _, tangent = jax.jvp(
-            lambda t, c: row.build(c).update(t, None)[0], (tree, limit), tangents
+            lambda t, c: row.build(c).update(t, None, t)[0], (tree, limit), tangents
         )
         return gradient, tangent
 
@@ -49,12 +49,13 @@ def derivatives(name):
 
 
 EVERY = ("clip", "elementwise", "measuring")
+LEARNING = ("adaptive", "wrapper")
 COMPLEX = combinations(*EVERY, dtypes=("complex64",))
 
 
 @pytest.mark.parametrize(
     ("row", "dtype"),
-    combinations(*EVERY, dtypes=("float32",))
+    combinations(*EVERY, *LEARNING, dtypes=("float32",))
     + [
         p for p in COMPLEX if p.values[0].name in (*trees.SAMPLE, "clip_by-per_element")
     ],
@@ -69,7 +70,36 @@ def test_finite(row, dtype, data):
         assert np.all(np.isfinite(trees.wide(x)))
 
 
-@pytest.mark.parametrize("row", rows(*EVERY))
+@functools.cache
+def derivative_of_stream(name):
+    """By a stream of three steps, the first of which gives the parameters."""
+    (row,) = [row for row in ROWS if row.name == name]
+    tx = row.build(1.0)
+
+    def total(stream):
+        params = stream[0]
+        state, sums = tx.init(params), []
+        for tree in stream:
+            out, state = tx.update(tree, state, params)
+            for number, x in enumerate(out.values()):
+                weights = jnp.sin(number + jnp.arange(x.size, dtype=x.dtype))
+                sums.append(jnp.sum(weights * x.ravel()))
+        return sum(sums)
+
+    return jax.jit(jax.grad(total))
+
+
+@pytest.mark.parametrize(("row", "dtype"), combinations(*LEARNING, dtypes=("float32",)))
+@settings(max_examples=10)
+@given(data=st.data())
+def test_finite_through_what_was_learned(row, dtype, data):
+    """Through the states, to the first step from the third."""
+    stream = data.draw(trees.streams(row, dtype))[:3]
+    for x in jax.tree.leaves(jax.device_get(derivative_of_stream(row.name)(stream))):
+        assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize("row", rows(*EVERY, *LEARNING))
 @pytest.mark.parametrize("limit", [0.0, 1e-30, 1.0, 1e37, np.inf])
 def test_finite_at_zero(row, limit):
     """Where norms and roots have no derivative."""

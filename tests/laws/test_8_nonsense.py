@@ -17,7 +17,7 @@ import pytest
 import optclip
 from optclip import actions, groupings, measures, thresholds
 from tests.laws import trees
-from tests.laws.table import rows
+from tests.laws.table import ROWS, rows
 
 NAMED = [p for p in rows("clip", "elementwise", "wrapper") if p.values[0].argument]
 LIMITED = rows("clip", "elementwise")
@@ -347,8 +347,18 @@ MISMATCHED = {
             optclip.clip_by(stateful(), grouping=groupings.per_unit()).init(NESTED),
         ),
         (
-            "clip_by: updates must have the measured leaves that init saw, got 1 for a "
+            "clip_by: updates must have the measured groups that init saw, got 1 for a "
             "state of 2."
+        ),
+    ),
+    "other-groups": (
+        lambda: optclip.spike_clip(grouping=groupings.per_leaf()).update(
+            {"a": NESTED["a"]},
+            optclip.spike_clip(grouping=groupings.per_leaf()).init(NESTED),
+        ),
+        (
+            "spike_clip: updates must have the measured groups that init saw, got 1 "
+            "for a state of 2."
         ),
     ),
 }
@@ -367,3 +377,15 @@ def test_inject_hyperparams_is_not_nonsense():
     tx = optax.inject_hyperparams(optclip.clip_by_global_norm)(max_norm=1.0)
     out, _ = step(tx)
     np.testing.assert_allclose(optclip.global_norm(out), 1.0, rtol=1e-6)
+
+
+def test_every_public_transform_is_a_row():
+    """So that no law misses one."""
+    made = {
+        name
+        for name, value in vars(optclip).items()
+        if "GradientTransformation"
+        in str(getattr(value, "__annotations__", {}).get("return"))
+    }
+    assert made >= {"clip_by", "clip_by_norm", "skip_step"}
+    assert made == {row.public for row in ROWS}

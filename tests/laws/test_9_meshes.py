@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +23,7 @@ from optclip import groupings, measures, thresholds
 from optclip.clipping.thresholds import Threshold
 from tests.laws.table import rows
 
-ROWS = rows("clip", "elementwise", "measuring")
+ROWS = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
 AXIS_TYPES = [
     pytest.param(AxisType.Auto, id="auto"),
     pytest.param(AxisType.Explicit, id="explicit"),
@@ -101,14 +102,24 @@ def _manual(function, in_specs, out_specs, shape=(8,), check_vma=True):
     return jax.jit(mapped)
 
 
-def _step(tx):
-    """One step, and its metrics: scalars, whatever the rule."""
+def _step(tx, levels=(1,)):
+    """The last of some steps, and its metrics: scalars, whatever the rule."""
 
     def step(updates, params):
-        updates, state = tx.update(updates, tx.init(params), params)
-        return updates, optclip.metrics(state)
+        state, out = tx.init(params), updates
+        for level in levels:
+            scaled = jax.tree.map(
+                lambda x, by=level: x * jnp.asarray(by, x.dtype), updates
+            )
+            out, state = tx.update(scaled, state, params)
+        return out, optclip.metrics(state)
 
     return step
+
+
+def _step_of(row):
+    """What a rule learns has to be right on a mesh as well: one step more for it."""
+    return _step(row.build(LIMIT), (1, 9) if row.kind == "adaptive" else (1,))
 
 
 def _assert_equal(actual, expected, rtol=2e-6):
@@ -132,7 +143,7 @@ def _exact(x):
 @functools.cache
 def _unsharded(name):
     (row,) = [param.values[0] for param in ROWS if param.values[0].name == name]
-    return jax.jit(_step(row.build(LIMIT)))(*_arguments(row))
+    return jax.jit(_step_of(row))(*_arguments(row))
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
@@ -143,7 +154,7 @@ def test_jit_on_a_mesh(row, axis_type):
     specs = EXAMPLE_SPECS if row.batched else SPECS
     updates, params = (_placed(tree, specs, mesh) for tree in _arguments(row))
     with _within(mesh):
-        clipped, numbers = jax.jit(_step(row.build(LIMIT)))(updates, params)
+        clipped, numbers = jax.jit(_step_of(row))(updates, params)
     _assert_equal((clipped, numbers), _unsharded(row.name))
 
     def same_sharding(path, one, other):
@@ -158,7 +169,7 @@ def test_jit_on_a_mesh(row, axis_type):
 def test_shard_map(row):
     """Types alone say what to sum over, and metrics come out replicated."""
     specs = EXAMPLE_SPECS if row.batched else SPECS
-    step = _manual(_step(row.build(LIMIT)), (specs, specs), (specs, P()), (4, 2))
+    step = _manual(_step_of(row), (specs, specs), (specs, P()), (4, 2))
     _assert_equal(step(*_arguments(row)), _unsharded(row.name))
 
 
@@ -528,6 +539,11 @@ def _many_leaves(specs):
 
 
 WHOLE, EACH = optclip.clip_by_global_norm, optclip.clip_by_norm
+LEARNED = {
+    "spike_clip": lambda limit: optclip.spike_clip(),
+    "adagc": lambda limit: optclip.adagc(),
+    "skip_step": lambda limit: optclip.skip_step(optax.identity(), limit),
+}
 LARGEST = functools.partial(EACH, measure=measures.max_abs)
 
 
@@ -540,6 +556,10 @@ LARGEST = functools.partial(EACH, measure=measures.max_abs)
         pytest.param(WHOLE, [P()] * 5, 0, id="whole-all-replicated"),
         pytest.param(EACH, [P("data")] * 20, 1, id="per_leaf"),
         pytest.param(EACH, [P("data"), P("model")] * 5, 2, id="per_leaf-two-axes"),
+        *(
+            pytest.param(rule, [P("data"), P()] * 5, 1, id=name)
+            for name, rule in LEARNED.items()
+        ),
         pytest.param(LARGEST, [P("data"), P("model")] * 5, 2, id="max_abs-two-axes"),
     ],
 )
@@ -584,6 +604,33 @@ def test_units_need_one_collective(axis_name, spec):
     tree = {name: jnp.ones((8, 8)) for name in "abcd"}
     step = _manual(_step(_unit_clip(axis_name)), (spec, spec), (spec, P()))
     assert _collectives(step, tree, tree) == 1
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "spec", "number"),
+    [((), P(None, "data"), 3), ("data", P("data"), 1)],
+    ids=["whole", "extending"],
+)
+def test_the_whole_beside_units_needs_two_more(axis_name, spec, number):
+    """AdaGC by unit reads the norm of all units: their maximum, and their sum."""
+    tree = {name: _normal(8, 8) for name in "abcd"}
+    tx = optclip.adagc(grouping=groupings.per_unit(axes=0), axis_name=axis_name)
+    step = _manual(_step(tx), (spec, spec), (spec, P()))
+    assert _collectives(step, tree, tree) == number
+    alone = jax.jit(_step(optclip.adagc(grouping=groupings.per_unit(axes=0))))
+    # All are as far over as each other, so the metrics may show any of them.
+    _assert_equal(step(tree, tree)[0], alone(tree, tree)[0])
+
+
+def test_relative_limits_need_one_collective_for_each_tree():
+    """Of the updates' totals, and of the parameters'; XLA may join them."""
+    tree = {name: _normal(8, 8) for name in "abcd"}
+    tx = optclip.adaptive_grad_clip(axis=0, axis_name="data")
+    step = _manual(_step(tx), (P("data"),) * 2, (P("data"), P()))
+    assert _collectives(step, tree, tree) <= 2
+    alone = jax.jit(_step(optclip.adaptive_grad_clip(axis=0)))
+    # All are as far over as each other, so the metrics may show any of them.
+    _assert_equal(step(tree, tree)[0], alone(tree, tree)[0])
 
 
 @pytest.mark.parametrize("row", rows("elementwise"))

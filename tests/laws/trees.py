@@ -85,7 +85,8 @@ def _jitted(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
 
     @jax.jit
     def update(tree: Any, limit: Any) -> Any:
-        return row.build(limit, **dict(options)).update(tree, None)
+        # As its own parameters, for the row that needs some.
+        return row.build(limit, **dict(options)).update(tree, None, tree)
 
     return update
 
@@ -95,6 +96,27 @@ def run(row: Row, case: Case, **options: Any) -> tuple[fixed.Tree, Any]:
     with in_x64(np.asarray(case.limit).dtype):
         updates, state = _jitted(row.name, tuple(options.items()))(*case)
         return jax.device_get(updates), jax.device_get(state)
+
+
+@functools.cache
+def _stepping(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    (row,) = [row for row in ROWS if row.name == name]
+    tx = row.build(1.0, **dict(options))
+    return tx.init, jax.jit(tx.update)
+
+
+def walk(row: Row, stream: list[fixed.Tree], **options: Any) -> list[Any]:
+    """The row's updates and state after each step of a stream, as NumPy arrays.
+
+    The first tree stands for the parameters as well.
+    """
+    init, update = _stepping(row.name, tuple(options.items()))
+    with in_x64(next(iter(stream[0].values())).dtype):
+        state, seen = init(stream[0]), []
+        for tree in stream:
+            out, state = update(tree, state, stream[0])
+            seen.append(jax.device_get((out, state)))
+    return seen
 
 
 def wide(x: np.ndarray) -> np.ndarray:
@@ -185,6 +207,15 @@ def limits(row: Row, tree: fixed.Tree) -> st.SearchStrategy:
     relative = st.tuples(st.sampled_from(size_list), st.floats(-9.0, 1.0)).map(near)
     extreme = st.sampled_from((0.0, np.inf, 1e-30, 1e-3, 1.0, 1e37))
     return st.one_of(relative, relative, st.sampled_from(size_list), extreme).map(dtype)
+
+
+@st.composite
+def streams(draw: Any, row: Row, dtype: str) -> list[fixed.Tree]:
+    """One tree at the levels of a few steps: spikes, falls, and empty ones."""
+    tree = draw(trees(row, dtype))
+    powers = st.lists(st.sampled_from((0, 1, 2, 3, 9, None)), min_size=3, max_size=5)
+    levels = [0.0 if p is None else 2.0**-p for p in draw(powers, label="levels")]
+    return [{p: (x * level).astype(dtype) for p, x in tree.items()} for level in levels]
 
 
 @st.composite

@@ -10,6 +10,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
+from optclip import _checks
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
 from optclip.clipping.groupings import Grouping, per_leaf, whole
@@ -55,14 +56,15 @@ def clip_by_global_norm(
     >>> print(updates["a"], updates["b"], state.metrics.size)
     [0.6] [0.8] 5.0
     """
-    return clip_by(
-        from_limit("clip_by_global_norm", max_norm=max_norm),
-        measure=measure,
-        grouping=whole(),
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+    with _checks.inside("clip_by_global_norm"):
+        return clip_by(
+            from_limit("clip_by_global_norm", max_norm=max_norm),
+            measure=measure,
+            grouping=whole(),
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def clip_by_norm(
@@ -97,14 +99,15 @@ def clip_by_norm(
     >>> print(updates["a"], updates["b"])
     [0.6 0.8] [0.5]
     """
-    return clip_by(
-        from_limit("clip_by_norm", max_norm=max_norm),
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+    with _checks.inside("clip_by_norm"):
+        return clip_by(
+            from_limit("clip_by_norm", max_norm=max_norm),
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def clip_by_block_rms(
@@ -138,14 +141,15 @@ def clip_by_block_rms(
     >>> print(updates)
     [1. 1.]
     """
-    return clip_by(
-        from_limit("clip_by_block_rms", threshold=threshold),
-        measure=rms,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+    with _checks.inside("clip_by_block_rms"):
+        return clip_by(
+            from_limit("clip_by_block_rms", threshold=threshold),
+            measure=rms,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def monitor(
@@ -165,4 +169,7 @@ def monitor(
     >>> print(updates["w"], optclip.metrics(state)["size"])
     [3. 4.] 5.0
     """
-    return clip_by(unlimited(), measure=measure, grouping=grouping, axis_name=axis_name)
+    with _checks.inside("monitor"):
+        return clip_by(
+            unlimited(), measure=measure, grouping=grouping, axis_name=axis_name
+        )

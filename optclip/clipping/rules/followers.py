@@ -62,14 +62,14 @@ def adagc(
     _checks.positive("adagc", relative=relative, absolute=absolute)
     with _checks.inside("adagc"):
         threshold = thresholds.ema_multiple(relative, decay, warmup_steps, absolute)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def quantile_clip(
@@ -109,14 +109,14 @@ def quantile_clip(
     """
     with _checks.inside("quantile_clip"):
         threshold = thresholds.online_quantile(quantile, learning_rate)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def norm_growth_clip(
@@ -155,14 +155,14 @@ def norm_growth_clip(
     """
     with _checks.inside("norm_growth_clip"):
         threshold = thresholds.growth(gamma)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def second_moment_clip(
@@ -205,11 +205,11 @@ def second_moment_clip(
     """
     with _checks.inside("second_moment_clip"):
         threshold = thresholds.second_moment(theta, decay, warmup_steps)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )

@@ -62,14 +62,14 @@ def spike_clip(
     """
     with _checks.inside("spike_clip"):
         threshold = thresholds.robust(z, window, prior_spread, prior_steps)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def autoclip(
@@ -107,14 +107,14 @@ def autoclip(
     """
     with _checks.inside("autoclip"):
         threshold = thresholds.percentile(percentile, window, multiple)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )
 
 
 def zclip(
@@ -164,11 +164,11 @@ def zclip(
         if max_norm is not None:
             ceiling = thresholds.from_limit("zclip", max_norm=max_norm)
             threshold = thresholds.tightest(threshold, ceiling)
-    return clip_by(
-        threshold,
-        measure=measure,
-        grouping=grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+        return clip_by(
+            threshold,
+            measure=measure,
+            grouping=grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )

@@ -66,11 +66,12 @@ def adaptive_grad_clip(
         )
     _checks.limit_like("adaptive_grad_clip", clipping=clipping)
     _checks.limit_like("adaptive_grad_clip", eps=eps)
-    return clip_by(
-        thresholds.relative_to_params(clipping, eps),
-        measure=measure,
-        grouping=per_unit(axis) if grouping is None else grouping,
-        action=action,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-    )
+    with _checks.inside("adaptive_grad_clip"):
+        return clip_by(
+            thresholds.relative_to_params(clipping, eps),
+            measure=measure,
+            grouping=per_unit(axis) if grouping is None else grouping,
+            action=action,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+        )

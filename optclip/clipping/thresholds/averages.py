@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip.clipping.thresholds.base import Seen, Threshold, one_more
 
 
@@ -76,7 +76,8 @@ def ema_multiple(
     def limit(state: MultipleState, seen: Seen) -> jax.Array:
         assert seen.whole is not None  # the engine gives what `needs_whole` asks for
         whole = jnp.where(seen.whole > 0, seen.whole, 1)
-        share = jnp.minimum(jnp.asarray(warmup_norm, whole.dtype) / whole, 1)
+        norm = jnp.asarray(warmup_norm, whole.dtype)
+        share = jnp.minimum(_numerics.quotient(norm, whole), 1)
         relative = jnp.asarray(multiple, seen.size.dtype) * state.average
         return jnp.where(starting(state), seen.size * share, relative)
 
@@ -200,7 +201,7 @@ def second_moment(
     def observe(root: jax.Array, seen: Seen, limit: jax.Array) -> jax.Array:
         x = jnp.minimum(seen.size, limit)
         keep, take = (jnp.asarray(share, x.dtype) for share in (decay, 1 - decay))
-        return jnp.hypot(jnp.sqrt(keep) * root, jnp.sqrt(take) * x)
+        return _numerics.hypot(jnp.sqrt(keep) * root, jnp.sqrt(take) * x)
 
     return Threshold(limit, lambda seen: jnp.zeros_like(seen.size), observe)
 

@@ -16,7 +16,8 @@ class Seen(NamedTuple):
     """What a threshold sees of one block.
 
     Attributes:
-      size: the size of each group, float32 or float64, in the block's shape.
+      size: the size of each group, float32 or float64, in the block's shape; one that
+        is not finite shows as the largest number, and nothing comes of it.
       step: how many updates came before, an int32 scalar.
       names: the groups' names where they have any (`per_leaf`, `per_label`).
       params: the sizes of the parameters, for a threshold that needs them.
