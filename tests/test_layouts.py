@@ -544,7 +544,8 @@ def test_nnx_modules(make, words):
 @pytest.mark.parametrize(("make", "words"), NNX)
 def test_nnx_modules_stacked_by_vmap(make, words, layers):
     def make_many(rngs):
-        return nnx.vmap(make)(rngs.split(layers))
+        # `Rngs.split` is newer than the oldest release.
+        return nnx.split_rngs(splits=layers)(nnx.vmap(make))(rngs)
 
     expected = {path: f"s{word}" for path, word in words.items()}
     assert spelled_tree(nnx_params(make_many)) == expected

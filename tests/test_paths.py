@@ -91,7 +91,10 @@ TREES = {
     "Linen, boxed": lambda: linen(boxed=True),
     "NNX with Variables": nnx_state,
     "NNX without": lambda: nnx.to_pure_dict(nnx_state()),
-    "NNX as the optimizer sees it": lambda: nnx.as_pure(nnx_state()),
+    # What `nnx.Optimizer` hands on, where it strips the Variables.
+    "NNX as the optimizer sees it": lambda: getattr(
+        nnx, "as_pure", lambda state: state
+    )(nnx_state()),
     "NNX module": lambda: Nnx(nnx.Rngs(0)),
     "dataclass": dataclass,
     "Equinox": equinox_module,

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 import optclip
 from optclip import thresholds
+from tests.laws.trees import on_mesh
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 DIRECTION = {"w": jnp.array([0.6, 0.0]), "b": jnp.array([0.8])}  # of norm 1
@@ -446,7 +447,7 @@ def test_shards_decide_together(bad):
         return out, good, skips, state.inner_state[0].count
 
     auto = (jax.sharding.AxisType.Auto,)
-    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
+    with on_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
         out, good, skips, count = jax.jit(
             jax.shard_map(
                 two_steps,
@@ -470,7 +471,7 @@ def test_shards_decide_together(bad):
 def test_under_jit_on_a_mesh(kind):
     """Shardings of the inner state stay, on dropped steps too."""
     types = (getattr(jax.sharding.AxisType, kind),)
-    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
+    with on_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
         params = {"w": jax.device_put(jnp.ones(16), PartitionSpec("data"))}
         tx = optclip.skip_step(optax.adam(0.1), 10.0)
         state = tx.init(params)

@@ -19,6 +19,7 @@ import optclip
 from optclip import groupings, thresholds
 from optclip.clipping.thresholds import Threshold
 from tests.laws.table import ROWS, rows
+from tests.laws.trees import on_mesh
 
 EVERY = pytest.mark.parametrize(
     "row", rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
@@ -424,7 +425,7 @@ def test_the_state_lives_in_a_sharded_nnx_optimizer(grouping, axes):
     shapes = {"alpha": {"kernel": (4, 2)}, "beta": {"kernel": (2, 4)}}
     is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
     auto = (jax.sharding.AxisType.Auto,)
-    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto)):
+    with on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto)):
         ones = jax.tree.map(jnp.ones, shapes, **is_shape)
         place = jax.sharding.PartitionSpec(*axes)
         model = Net(jax.device_put(ones, place), axes)

@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 
 import optclip
 from tests.laws.table import ROWS, rows
+from tests.laws.trees import on_mesh
 
 EVERY = pytest.mark.parametrize(
     "row", rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
@@ -395,7 +396,7 @@ def test_nnx_optimizer(row, sharded):
     mesh = contextlib.nullcontext()
     if sharded:
         auto = (jax.sharding.AxisType.Auto,)
-        mesh = jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
+        mesh = on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
     with mesh:
         start = jax.tree.map(jnp.zeros_like, PARAMS)
         model = Net(start, axis)

@@ -22,6 +22,7 @@ import optclip
 from optclip import groupings, measures, thresholds
 from optclip.clipping.thresholds import Threshold
 from tests.laws.table import rows
+from tests.laws.trees import on_mesh
 
 ROWS = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
 AXIS_TYPES = [
@@ -54,11 +55,6 @@ def _mesh(shape=(4, 2), axis_type=AxisType.Auto):
         axis_types=(axis_type,) * len(shape),
         devices=jax.devices("cpu")[:8],
     )
-
-
-def _within(mesh):
-    # `use_mesh` became `set_mesh` in jax 0.7.1.
-    return (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh)
 
 
 @functools.cache
@@ -153,7 +149,7 @@ def test_jit_on_a_mesh(row, axis_type):
     mesh = _mesh(axis_type=axis_type)
     specs = EXAMPLE_SPECS if row.batched else SPECS
     updates, params = (_placed(tree, specs, mesh) for tree in _arguments(row))
-    with _within(mesh):
+    with on_mesh(mesh):
         clipped, numbers = jax.jit(_step_of(row))(updates, params)
     _assert_equal((clipped, numbers), _unsharded(row.name))
 
@@ -433,7 +429,7 @@ def _clip_in(context, measure):
     step = jax.jit(step)
 
     def run(x, limit):
-        with _within(mesh):
+        with on_mesh(mesh):
             return step(jax.device_put(x, NamedSharding(mesh, P("data"))), limit)
 
     return run
@@ -501,7 +497,7 @@ def test_a_bad_shard_is_counted_everywhere(grouping, context):
     else:
         mesh = _mesh((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
         placed = jax.device_put(x, NamedSharding(mesh, P("data")))
-        with _within(mesh):
+        with on_mesh(mesh):
             result = jax.jit(_step(tx))(placed, placed)
     _assert_equal(result, expected)
 
@@ -781,7 +777,7 @@ def test_state_on_a_mesh(case, axis_type):
     tree, expected = _stateful(case)
     mesh = _mesh((8,), axis_type)
     placed = _placed(tree, {"a": spec, "b": spec}, mesh)
-    with _within(mesh):
+    with on_mesh(mesh):
         state = tx.init(placed)
         result = jax.jit(lambda u, s: _scanned(tx, s)(u))(placed, state)
     _assert_equal(result, expected)

@@ -79,6 +79,11 @@ def in_x64(dtype: Any) -> contextlib.AbstractContextManager:
     return enable_x64(True)
 
 
+def on_mesh(mesh: Any) -> contextlib.AbstractContextManager:
+    """The mesh in scope, by the name that each release has for it."""
+    return (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh)
+
+
 @functools.cache
 def _jitted(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     (row,) = [row for row in ROWS if row.name == name]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip.clipping.thresholds.base import Seen, Threshold, one_more
 
 
@@ -84,7 +84,8 @@ def zscore(
         outlier = seen.size > edge
         excess = jnp.where(outlier, seen.size - state.mean, 1)
         if mode == "reciprocal":
-            clipped = state.mean + bar**2 * deviation * ((deviation + floor) / excess)
+            share = _numerics.quotient(deviation + floor, excess)
+            clipped = state.mean + bar**2 * deviation * share
         elif mode == "mean":
             clipped = state.mean
         else:
@@ -101,7 +102,9 @@ def zscore(
         mean = keep * state.mean + take * x
         # While warming, Welford's increment: (x - old mean)·(x - new mean) / count.
         step = jnp.where(warming, jnp.sqrt(keep) * (x - state.mean), x - mean)
-        deviation = jnp.hypot(jnp.sqrt(keep) * state.deviation, jnp.sqrt(take) * step)
+        deviation = _numerics.hypot(
+            jnp.sqrt(keep) * state.deviation, jnp.sqrt(take) * jnp.abs(step)
+        )
         learned = ZScoreState(mean, deviation, one_more(state.seen))
         idle = seen.size == 0  # would give an idle group a limit of zero, for ever
         return jax.tree.map(lambda a, b: jnp.where(idle, a, b), state, learned)
