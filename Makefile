@@ -3,6 +3,7 @@
 #   make test         the test suite, doctests included
 #   make lint         ruff and pyright
 #   make test-oldest  the test suite on the oldest supported releases
+#   make bench        time optclip against its peers; BENCH='--scale 0.1' for less
 #   make clean        remove everything that these targets made
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ WORKERS ?= auto
 VENV := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo test lint test-oldest clean
+.PHONY: demo test lint test-oldest bench clean
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python examples/regression.py
@@ -27,9 +28,12 @@ lint: $(VENV)/lint.stamp
 test-oldest: $(OLDEST)/test.stamp
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
+bench: $(VENV)/bench.stamp
+	$(VENV)/bin/python -m benchmarks $(BENCH)
+
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist examples/output .hypothesis .pytest_cache .ruff_cache
-	find optclip tests examples -type d -name __pycache__ -exec rm -rf {} +
+	find optclip tests examples benchmarks -type d -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/bin/python $(OLDEST)/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)

@@ -1,0 +1,246 @@
+"""What the numbers say: the terminal's table, README's table, the file, the picture.
+
+python -m benchmarks.report      README's table again, from the committed numbers
+"""
+
+import json
+import pathlib
+import platform
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.timing import Timed
+
+ROOT = pathlib.Path(__file__).parent
+README = ROOT.parent / "README.md"
+Results = dict[str, Any]
+
+
+def record(
+    about: dict[str, str],
+    name: str,
+    timed: dict[str, Timed],
+    size: int,
+    reads_params: bool,
+) -> dict[str, Any]:
+    """One contestant's numbers: seconds, ratios within rounds, and of its program."""
+    own = timed[name]
+    low, middle, high = (float(x) for x in np.quantile(own.seconds, (0.25, 0.5, 0.75)))
+    found: dict[str, Any] = about | {
+        "name": name,
+        "seconds": middle,
+        "quartiles": [low, high],
+        "tree_bytes": size,
+        "over": {
+            other: own.over(timed[other].seconds) for other in timed if other != name
+        },
+    }
+    if "floor: read" in timed and not name.startswith("floor"):
+        reads = timed["floor: read"].seconds * (2 if reads_params else 1)
+        found["over"]["floor"] = own.over(reads + timed["floor: rewrite"].seconds)
+    if own.compiled is not None:
+        found |= own.compiled._asdict()
+    return found
+
+
+def device() -> str:
+    """The device in words."""
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return f"{first.device_kind} ({len(jax.devices())})"
+    words = [line for line in _cpu_lines() if line.startswith("model name")]
+    name = words[0].split(":")[1].strip() if words else platform.processor()
+    return f"{name}, {len(words) or 1} cores"
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def to_json(results: Results) -> str:
+    """A record a line, so that a change can be read."""
+    rest = {key: value for key, value in results.items() if key != "records"}
+    lines = ",\n".join(json.dumps(_rounded(line)) for line in results["records"])
+    return json.dumps(rest)[:-1] + ', "records": [\n' + lines + "\n]}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+REFERENCE = {"learned": "clip_by_global_norm", "sgd": "alone", "adamw": "alone"}
+
+
+def terminal(results: Results) -> str:
+    """Everything measured, a line a contestant."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    lines = [f"{results['device']}; {versions}; scale {results['scale']}"]
+    heads = ("ms", "quartiles", "GB/s", "/floor", "/reference", "temp %", "trace+comp")
+    lines.append(f"{'':64}" + "".join(f"{head:>13}" for head in heads))
+    for line in results["records"]:
+        key = f"{line['shapes']} {line['dtype']} {line['context']} {line['rule']}"
+        over, seconds = line["over"], line["seconds"]
+        reference = over.get(REFERENCE.get(line["context"], "optclip"))
+        low, high = line["quartiles"]
+        cells = [
+            f"{1e3 * seconds:.2f}",
+            f"{1e3 * low:.1f}–{1e3 * high:.1f}",
+            f"{line['tree_bytes'] / seconds / 1e9:.1f}",
+            f"{over['floor'][1]:.2f}" if "floor" in over else "",
+            f"{reference[1]:.2f}" if reference else "",
+        ]
+        if "temporary_bytes" in line:
+            share = 100 * line["temporary_bytes"] / line["tree_bytes"]
+            both = line["trace_seconds"] + line["compile_seconds"]
+            cells += [f"{share:.2f}", f"{both:.2f} s"]
+        lines.append(
+            f"{key[:38]:38} {line['name'][:25]:25}" + "".join(f"{c:>13}" for c in cells)
+        )
+    return "\n".join(lines)
+
+
+def find(results: Results, **wanted: str) -> dict[str, Any] | None:
+    """The record with these fields."""
+    for line in results["records"]:
+        if all(line[key] == value for key, value in wanted.items()):
+            return line
+    return None
+
+
+def table(results: Results) -> str:
+    """README's table: ratios, the median and in brackets the quartiles."""
+    lines = [
+        "| GPT-2 124M, two-core CPU | float32 | bfloat16 |",
+        "|---|---|---|",
+    ]
+    rows: list[tuple[str, dict[str, str], str]] = []
+    for rule in ("clip_by_global_norm", "adaptive_grad_clip"):
+        wanted = {"context": "alone", "rule": rule, "name": "optclip"}
+        rows.append((f"`{rule}` over its floor", wanted, "floor"))
+    for peer in ("optax", "torch"):
+        for rule in (
+            "clip_by_global_norm",
+            "clip_by_block_rms",
+            "clip_by_value",
+            "adaptive_grad_clip",
+        ):
+            wanted = {"context": "alone", "rule": rule, "name": peer}
+            rows.append((f"{_NAMES[peer]}'s `{rule}` over ours", wanted, "optclip"))
+    for rule in ("clip_by_global_norm", "adaptive_grad_clip"):
+        name = f"optclip {rule}"
+        wanted = {"context": "adamw", "name": name}
+        rows.append((f"`{rule}` + AdamW over AdamW alone", wanted, "alone"))
+        wanted = {"context": "adamw", "name": f"optax {rule}"}
+        rows.append((f"Optax's `{rule}` + AdamW over ours", wanted, name))
+    wanted = {"context": "sgd", "name": "keras global_clipnorm"}
+    ours = "optclip clip_by_global_norm"
+    rows.append(("Keras' SGD with `global_clipnorm` over ours", wanted, ours))
+    for rule in ("autoclip", "zclip", "adagc", "spike_clip"):
+        wanted = {"context": "learned", "name": rule}
+        label = f"`{rule}` over `clip_by_global_norm`"
+        rows.append((label, wanted, "clip_by_global_norm"))
+    wanted = {"context": "learned", "name": "clip_by_global_norm"}
+    rows.append(("metrics kept over metrics discarded", wanted, "without metrics"))
+    for label, wanted, other in rows:
+        cells = [
+            _cell(find(results, shapes="gpt2", dtype=dtype, **wanted), other)
+            for dtype in ("float32", "bfloat16")
+        ]
+        if any(cells):
+            lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+_NAMES = {"optax": "Optax", "torch": "PyTorch"}
+
+
+def _cell(line: dict[str, Any] | None, other: str) -> str:
+    if line is None or other not in line["over"]:
+        return ""
+    low, middle, high = line["over"][other]
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def draw(results: Results, path: pathlib.Path) -> None:
+    """Bytes a second against what the device copies and reads; times against peers."""
+    dtypes = list(dict.fromkeys(line["dtype"] for line in results["records"]))
+    shapes = results["records"][0]["shapes"]
+    figure = Figure(figsize=(12, 3.6 * len(dtypes)), layout="constrained")
+    axes = figure.subplots(len(dtypes), 2, squeeze=False)
+    for (left, right), dtype in zip(axes, dtypes, strict=True):
+        alone = [
+            line
+            for line in results["records"]
+            if (line["shapes"], line["dtype"], line["context"])
+            == (shapes, dtype, "alone")
+        ]
+        rules = list(dict.fromkeys(line["rule"] for line in alone))
+        libraries = ("optclip", "optax", "torch")
+        for offset, library in enumerate(libraries):
+            lines = [find({"records": alone}, rule=r, name=library) for r in rules]
+            places = np.arange(len(rules)) + 0.27 * (offset - 1)
+            moved = [
+                _passes(rule) * line["tree_bytes"] / line["seconds"] / 1e9
+                if line
+                else 0.0
+                for rule, line in zip(rules, lines, strict=True)
+            ]
+            left.bar(places, moved, 0.25, label=library)
+            times = [1e3 * line["seconds"] if line else 0.0 for line in lines]
+            right.bar(places, times, 0.25, label=library)
+        for name, passes, style in (("read", 1, "--"), ("rewrite", 2, ":")):
+            floor = find({"records": alone}, name=f"floor: {name}")
+            if floor:
+                rate = passes * floor["tree_bytes"] / floor["seconds"] / 1e9
+                left.axhline(rate, ls=style, c="black", label=f"measured {name}")
+        left.set(ylabel="GB/s of the least traffic", title=f"{shapes}, {dtype}")
+        right.set(ylabel="ms", yscale="log", title=f"{shapes}, {dtype}: time of a call")
+        for axis in (left, right):
+            axis.set_xticks(range(len(rules)), rules, rotation=20, ha="right")
+            axis.grid(axis="y", alpha=0.3)
+            axis.legend(fontsize="small", ncols=2)
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    figure.suptitle(f"{results['device']}; {versions}", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def _passes(rule: str) -> int:
+    """The least traffic of a clip that clips, in passes over the tree."""
+    return {"clip_by_value": 2, "adaptive_grad_clip": 4}.get(rule, 3)
+
+
+def save(results: Results) -> None:
+    """Into benchmarks/results, named by the device, and README where it is a CPU."""
+    kind = re.sub(r"\W+", "-", results["device"].lower()).strip("-")
+    path = ROOT / "results" / f"speed-{kind}"
+    path.with_suffix(".json").write_text(to_json(results))
+    draw(results, path.with_suffix(".png"))
+    renew(results)
+
+
+def renew(results: Results) -> None:
+    """README's table, from these numbers."""
+    marked = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
+    text = README.read_text()
+    README.write_text(marked.sub(lambda m: f"{m[1]}{table(results)}\n{m[2]}", text))
+
+
+def committed() -> list[pathlib.Path]:
+    """The files of numbers, one a device."""
+    return sorted((ROOT / "results").glob("speed-*.json"))
+
+
+if __name__ == "__main__":
+    for file in committed():
+        renew(json.loads(file.read_text()))

@@ -1,0 +1,49 @@
+"""Times contestants against each other, in turns.
+
+A machine's speed drifts by more than what is to be seen. So contestants take turns, one
+call each a round, in an order that is shuffled; ratios are taken within rounds, and
+what is reported is their median with its quartiles.
+"""
+
+import random
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.contestants import Compiled, Contestant
+
+WARM_UP = 3
+
+
+class Timed(NamedTuple):
+    """Seconds of every round, and what the compiled program says of itself."""
+
+    seconds: np.ndarray
+    compiled: Compiled | None
+
+    def over(self, other: np.ndarray) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of the ratio, round by round."""
+        low, middle, high = np.quantile(self.seconds / other, (0.25, 0.5, 0.75))
+        return float(low), float(middle), float(high)
+
+
+def race(
+    contestants: dict[str, Contestant], rounds: int, limit: float = 0.5
+) -> dict[str, Timed]:
+    """Their seconds over some rounds, after a warm-up."""
+    arrays: dict[str, Any] = {name: c.arrays for name, c in contestants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order, shuffled = list(contestants), random.Random(0)
+    for number in range(WARM_UP + rounds):
+        shuffled.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            arrays[name] = contestants[name].step(arrays[name], limit * 0.99**number)
+            took = time.perf_counter() - start
+            if number >= WARM_UP:
+                seconds[name].append(took)
+    return {
+        name: Timed(np.array(took), contestants[name].compiled)
+        for name, took in seconds.items()
+    }

@@ -1,0 +1,90 @@
+"""The benchmark runs, counts its bytes rightly, and README says what was committed."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as suite
+from benchmarks import contestants, report, shapes, timing
+
+TINY = {"kernel": (8, 6), "bias": (6,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "leaves"),
+    [
+        ("gpt2", 124_439_808, 148),
+        ("gpt2-xl", 1_557_611_200, 580),
+        ("resnet50", 25_557_032, 161),
+    ],
+)
+def test_shapes_are_those_of_the_models(name, parameters, leaves):
+    """As the papers count them."""
+    made = shapes.SETS[name]()
+    assert sum(int(np.prod(shape)) for shape in made.values()) == parameters
+    assert len(made) == leaves
+
+
+@pytest.mark.parametrize("name", shapes.SETS)
+def test_scale_is_about_proportional(name):
+    count = [
+        sum(np.prod(shape, dtype=float) for shape in shapes.SETS[name](scale).values())
+        for scale in (1.0, 0.25)
+    ]
+    assert 2.5 < count[0] / count[1] < 6
+
+
+@pytest.mark.parametrize("rule", ["clip_by_global_norm", "clip_by_block_rms"])
+def test_every_call_clips(rule):
+    """What is timed is a rescaling, not the shorter way of what is within its limit."""
+    ours = contestants.clipping(contestants.OPTCLIP[rule], TINY, jnp.float32, False)
+    arrays = ours.arrays
+    for number in range(4):
+        before = np.asarray(arrays[0]["kernel"])
+        arrays = ours.step(arrays, 0.5 * 0.99**number)
+        assert np.all(np.abs(arrays[0]["kernel"]) < np.abs(before))
+    assert arrays[1].metrics.clipped_steps == 4
+
+
+def test_libraries_do_the_same():
+    """Ours and Optax's, alone and before AdamW."""
+    for params, rule in ((False, "clip_by_block_rms"), (True, "adaptive_grad_clip")):
+        results = [
+            contestants.clipping(library[rule], TINY, jnp.float32, params)
+            for library in (contestants.OPTCLIP, contestants.OPTAX)
+        ]
+        ours, theirs = (c.step(c.arrays, 0.3)[0] for c in results)
+        for path in TINY:
+            np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-6)
+
+
+def test_a_race_takes_turns_and_its_record_holds_the_ratios():
+    entered = {
+        name: make()
+        for name, make in suite.alone("clip_by_value", TINY, jnp.float32).items()
+        if name != "torch"
+    }
+    timed = timing.race(entered, rounds=3)
+    about = {"shapes": "tiny", "dtype": "float32", "context": "alone", "rule": "r"}
+    line = report.record(about, "optclip", timed, 54 * 4, reads_params=False)
+    assert len(timed["optclip"].seconds) == 3 and line["seconds"] > 0
+    assert set(line["over"]) == {"floor: read", "floor: rewrite", "optax", "floor"}
+    low, middle, high = line["over"]["optax"]
+    assert low <= middle <= high
+    assert line["temporary_bytes"] >= 0 and line["collectives"] == 0
+    results = {"records": [line], "versions": {}, "device": "d", "scale": 1.0}
+    assert "tiny float32 alone r" in report.terminal(results)
+
+
+@pytest.mark.parametrize("path", report.committed(), ids=lambda path: path.stem)
+def test_committed_numbers_can_be_read(path):
+    results = json.loads(path.read_text())
+    assert results["records"] and results["versions"]["jax"]
+    assert report.terminal(results)
+
+
+def test_readme_has_the_committed_table():
+    texts = [report.table(json.loads(p.read_text())) for p in report.committed()]
+    assert any(text in report.README.read_text() for text in texts)
