@@ -46,3 +46,8 @@ from optclip.initializers import nnx as nnx
 from optclip.initializers.planning import Role as Role
 from optclip.initializers.planning import roles_of as roles_of
 from optclip.initializers.redrawing import redraw as redraw
+
+# With a batch: unit variances, and the signal of every layer.
+from optclip.initializers.signals import SignalReport as SignalReport
+from optclip.initializers.signals import signal_report as signal_report
+from optclip.initializers.unit_variance import lsuv as lsuv

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
       given: the preset or initializer that a rule gives it.
       keep: whether its values stay.
       fan_in: that of the kernel whose fan-in counts for it: a bias's, a cell's.
+      ambiguous: whether nothing tells its axes: the kernel of an einsum alone.
     """
 
     role: str | None
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     given: Any
     keep: bool
     fan_in: int | None
+    ambiguous: bool
 
 
 class Role(NamedTuple):
@@ -46,7 +48,7 @@ class Role(NamedTuple):
     Attributes:
       role: its name, or None for a parameter that `redraw` leaves alone.
       fan_in: inputs of one output, in one layer of a stack and one gate of a cell;
-        None for what has no outputs.
+        None for what has no outputs, or axes that nothing tells.
       fan_out: outputs of one input.
     """
 
@@ -82,8 +84,11 @@ def roles_of(
     found = {}
     for path, plan in plans("roles_of", shapes, known, rules, layouts, stacked).items():
         name = None if plan.keep else plan.role
-        fans = plan.layout.fans(shapes[path]) if plan.layout.outputs else (None, None)
-        found[path] = Role(name, fans[0], fans[1] and fans[1] // plan.parts)
+        if plan.layout.outputs and not plan.ambiguous:
+            fan_in, fan_out = plan.layout.fans(shapes[path])
+            found[path] = Role(name, fan_in, fan_out // plan.parts)
+        else:
+            found[path] = Role(name)
     return found
 
 
@@ -140,14 +145,10 @@ def plans(
         if recurrent is not None and layout.outputs:
             hidden = axes.of(recurrent).fans(shapes[recurrent])[0]
             parts = max(1, layout.fans(shapes[path])[1] // hidden)
-        if role is not None and "embedding" in _roles.lineage(role):
-            # An initializer gets it as (rows, features), as Flax's Embed hands it over.
-            layout = layout._replace(inputs=layout.outputs, outputs=layout.inputs)
-        if not keep:
-            axes.check_einsum(path)
         kernel = recurrent or _roles.sibling_kernel(path, shapes)
         fan_in = axes.of(kernel).fans(shapes[kernel])[0] if kernel else None
-        found[path] = Plan(role, layout, parts, given or None, keep, fan_in)
+        ambiguous = not keep and axes.ambiguous(path)
+        found[path] = Plan(role, layout, parts, given or None, keep, fan_in, ambiguous)
     if all(plan.keep for plan in found.values()):
         raise ValueError(
             f"{rule}: some parameter must have a role, got none in {listed(shapes)}; "
@@ -199,22 +200,16 @@ class _Axes:
     def convolves(self, path: str) -> bool:
         return bool(self.of(path).window)
 
-    def check_einsum(self, path: str) -> None:
+    def ambiguous(self, path: str) -> bool:
         """Nobody can tell the axes of an einsum's kernel that has no bias."""
-        kind = self._known.get(path, nnx.Known()).type
-        name = path.rpartition("/")[2]
-        beside = f"{path.removesuffix(name)}bias" in self._shapes
-        if (
-            re.search(r"(?i)einsum", f"{kind}/{path}")
+        kind, name = self._known.get(path, nnx.Known()).type, path.rpartition("/")[2]
+        return (
+            re.search(r"(?i)einsum", f"{kind}/{path}") is not None
             and name == "kernel"
             and len(self._shapes[path]) > 2
             and path not in self._forms
-            and not beside
-        ):
-            raise ValueError(
-                f"{self._rule}: layouts must name the axes of the einsum {path!r}, of "
-                f"shape {self._shapes[path]}, as in layouts={{{path!r}: 'oio'}}."
-            )
+            and f"{path.removesuffix(name)}bias" not in self._shapes
+        )
 
     def _stack(self, path: str) -> int | None:
         if isinstance(self._stacked, str):

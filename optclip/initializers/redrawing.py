@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from optclip import _checks, _paths, initializers
-from optclip.initializers import linen, nnx, unfolding
+from optclip.initializers import linen, nnx, roles, unfolding
 from optclip.initializers.planning import Plan, Rules, listed, opened, plans, shapes_of
 from optclip.initializers.presets import FromFanIn, Preset, by_fans
 
@@ -85,6 +85,11 @@ def redraw(
         plan = planned.get(path)
         if plan is None or plan.keep:
             return leaf
+        if plan.ambiguous:
+            raise ValueError(
+                f"redraw: layouts must name the axes of the einsum {path!r}, of shape "
+                f"{shapes[path]}, as in layouts={{{path!r}: 'oio'}}."
+            )
         return _placed(_initializer(preset, path, plan), _fold(key, path), leaf, plan)
 
     new = jax.tree_util.tree_map_with_path(fresh, tree)
@@ -155,12 +160,13 @@ def _placed(
     init: unfolding.Initializer, key: jax.Array, leaf: Any, plan: Plan
 ) -> jax.Array:
     """The values, where the leaf's are."""
+    layout, shape = plan.layout, tuple(leaf.shape)
+    if "embedding" in roles.lineage(plan.role or "kernel"):
+        # An initializer gets it as (rows, features), as Flax's Embed hands it over.
+        layout = layout._replace(inputs=layout.outputs, outputs=layout.inputs)
 
     def draw(key: jax.Array) -> jax.Array:
-        shape = tuple(leaf.shape)
-        return unfolding.unfolded(
-            init, key, shape, leaf.dtype, plan.layout, plan.parts
-        )
+        return unfolding.unfolded(init, key, shape, leaf.dtype, layout, plan.parts)
 
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
