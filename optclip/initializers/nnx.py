@@ -56,7 +56,9 @@ def other_variables(tree: Any) -> set[str]:
     from flax import nnx
     from jax.tree_util import tree_flatten_with_path
 
-    flat, _ = tree_flatten_with_path(tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    flat, _ = tree_flatten_with_path(
+        tree, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
     return {
         _paths.spell(keys)
         for keys, value in flat

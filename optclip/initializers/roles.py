@@ -140,7 +140,7 @@ def recurrent_kernel(path: str, shapes: Mapping[str, Shape]) -> str | None:
     if not re.fullmatch(_GATES, gate):
         return None
     at = gate.startswith("dense_") * len("dense_")
-    pair = [f"{cell}/{gate[:at]}{x}{gate[at + 1:]}/kernel".lstrip("/") for x in "ih"]
+    pair = [f"{cell}/{gate[:at]}{x}{gate[at + 1 :]}/kernel".lstrip("/") for x in "ih"]
     return pair[1] if all(other in shapes for other in pair) else None
 
 
@@ -155,11 +155,7 @@ def _kernel_role(
     if recurrent is not None:
         return "recurrent" if recurrent == path else "recurrent_input"
     above, _, layer = holder.rpartition("/")
-    kin = {
-        other.removeprefix(f"{above}/" if above else "").split("/")[0]
-        for other in shapes
-        if other.startswith(f"{above}/" if above else "")
-    }
+    kin = _children(above, shapes)
     attends = any(
         re.fullmatch(_LAYERS[role], other) for other in kin for role in ("query", "qkv")
     )
@@ -182,10 +178,8 @@ def _bias_role(
     module: str | None,
     convolves: Callable[[str], bool],
 ) -> str:
-    holder, _, name = path.rpartition("/")
-    prefix = f"{holder}/" if holder else ""
-    beside = [p for p in shapes if p.rpartition("/")[0] == holder and p != path]
-    if any(re.fullmatch(_SCALES, p.removeprefix(prefix)) for p in beside):
+    holder = path.rpartition("/")[0]
+    if any(re.fullmatch(_SCALES, name) for name in _children(holder, shapes)):
         return "shift"
     kernel = sibling_kernel(path, shapes)
     recurrent = recurrent_kernel(path, shapes)
@@ -220,9 +214,15 @@ def _is_last_norm(holder: str, shapes: Mapping[str, Shape]) -> bool:
     numbered = re.fullmatch(r"(\D+?)(\d+)", norm)
     if not block or numbered is None:
         return False
-    beside = {p.removeprefix(f"{block}/").split("/")[0] for p in shapes
-              if p.startswith(f"{block}/")}  # fmt: skip
-    numbers = [int(found[1]) for other in beside
-               if (found := re.fullmatch(re.escape(numbered[1]) + r"(\d+)", other))]  # fmt: skip
+    beside = _children(block, shapes)
+    alike = re.compile(re.escape(numbered[1]) + r"(\d+)")
+    numbers = [int(found[1]) for found in map(alike.fullmatch, beside) if found]
     convolutional = any(re.match(r"(?i)conv", other) for other in beside)
     return convolutional and len(numbers) > 1 and int(numbered[2]) == max(numbers)
+
+
+def _children(holder: str, shapes: Mapping[str, Shape]) -> set[str]:
+    """The names directly beneath a module's path."""
+    prefix = f"{holder}/" if holder else ""
+    below = (path for path in shapes if path.startswith(prefix))
+    return {path.removeprefix(prefix).split("/")[0] for path in below}

@@ -3,7 +3,7 @@
 A JAX initializer reads fans off the last two axes: `(*window, inputs, outputs)`. A
 parameter is drawn by unfolding it to that shape and folding the result back:
 
-    (stack…, window…, inputs…, outputs…)  ⇄  stack × parts × (*window, ∏ inputs, ∏ outputs)
+    (stack…, window…, inputs…, outputs…)  ⇄  stack × parts × (*window, ∏ in, ∏ out)
 
 Attention's query (512, 8, 64) is a kernel (512, 512), a stacked kernel (6, 256, 512)
 six of (256, 512), Equinox's weight (512, 256) a kernel (256, 512) transposed. *Parts*
