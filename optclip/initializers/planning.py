@@ -171,9 +171,9 @@ class _Axes:
         self._rule, self._shapes, self._known = rule, shapes, known
         self._stacked, self._found = stacked, {}
         self._forms = {p: (k.form, k.parts) for p, k in known.items() if k.form}
-        for path, shape in shapes.items():
+        for path in shapes:
             form = _paths.first_match(layouts, path, None)
-            if form is not None and _roles.sibling_kernel(path, shapes) in (None, path):
+            if form is not None and not _roles.is_vector(path):
                 # Biases take their stack from the kernel's form.
                 self._forms[path] = unfolding.split_form(rule, form)
 

@@ -129,3 +129,11 @@ def of_any_shape(rule: str, init: Initializer, **draws: Initializer) -> Preset:
     kernel = initializer(rule, init)
     whole = {"embedding": kernel, "bias": constant(0.0), "scale": constant(1.0)}
     return Preset(rule, {"kernel": kernel, **whole, **draws})
+
+
+def renamed(
+    name: str, base: Preset, needs: tuple[str, ...] = (), /, **draws: Any
+) -> Preset:
+    """The base under another name, with the laws of some roles replaced."""
+    laws = {r: p["kernel"] if isinstance(p, Preset) else p for r, p in draws.items()}
+    return Preset(name, (base | laws).draws, needs)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from optclip import _checks, _paths, initializers
 from optclip.initializers import linen, nnx, roles, unfolding
@@ -112,7 +113,8 @@ def _as_preset(preset: Any) -> Preset:
             f"redraw: preset must be a preset, made by a call of a function such as "
             f"{_checks.nearest(name, factories)}, or a JAX initializer, got {preset!r}."
         )
-    return by_fans("redraw", preset)
+    init: Any = preset
+    return by_fans("redraw", init)
 
 
 def _initializer(preset: Preset, path: str, plan: Plan) -> unfolding.Initializer:
@@ -124,8 +126,8 @@ def _initializer(preset: Preset, path: str, plan: Plan) -> unfolding.Initializer
         return init
     if plan.fan_in is None:
         raise ValueError(
-            f"redraw: {init.name} draws {path!r} by its kernel's fan-in, and there must "
-            f"be a kernel beside it, got none; give it an initializer in rules."
+            f"redraw: {init.name} draws {path!r} by its kernel's fan-in, and a kernel "
+            f"must be beside it, got none; give it an initializer in rules."
         )
     return init.build(plan.fan_in)
 
@@ -168,7 +170,7 @@ def _placed(
     def draw(key: jax.Array) -> jax.Array:
         return unfolding.unfolded(init, key, shape, leaf.dtype, layout, plan.parts)
 
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
         return jax.sharding.reshard(draw(key), sharding) if explicit else draw(key)

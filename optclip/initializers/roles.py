@@ -128,12 +128,17 @@ def role_of(
     return None
 
 
+def is_vector(path: str) -> bool:
+    """Whether a name is that of a bias or a scale."""
+    return re.fullmatch(f"{_BIASES}|{_SCALES}", path.rpartition("/")[2]) is not None
+
+
 def recurrent_kernel(path: str, shapes: Mapping[str, Shape]) -> str | None:
     """The recurrent kernel of the cell that a kernel or bias belongs to, or None.
 
     A cell is known by its pairs: an input gate `ii` is one if there is an `hi`.
     """
-    holder, _, name = path.rpartition("/")
+    holder = path.rpartition("/")[0]
     if f"{holder}/weight_hh".lstrip("/") in shapes:
         return f"{holder}/weight_hh".lstrip("/")
     cell, _, gate = holder.rpartition("/")

@@ -1,4 +1,4 @@
-"""Presets that scale with the fans, and orthogonal ones: they keep the signal's size.
+"""Presets that scale with the fans, so that layers keep the signal's size.
 
     Var W = scale / n,    n = fan_in, fan_out or their mean
 
@@ -11,8 +11,6 @@ biases at 0 and scales at 1.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 
 from optclip import _checks
@@ -175,82 +173,6 @@ def lecun_normal() -> Preset:
     LeCun et al. 1998, "Efficient BackProp"; Klambauer et al. 2017, arXiv 1706.02515.
     """
     return _scaling("lecun_normal", 1.0, "fan_in", "truncated_normal")
-
-
-def orthogonal(gain: float = 1.0) -> Preset:
-    """Orthonormal columns, or rows where outputs outnumber inputs; Haar-distributed.
-
-        WᵀW = gain² I  (or W Wᵀ = gain² I),    W of shape (window · inputs, outputs)
-
-    Keeps every singular value, not only their mean: for very deep, recurrent and
-    reinforcement-learning networks. Costs a QR decomposition, so not for very wide
-    layers; embeddings are drawn otherwise. Half precision is drawn in float32.
-
-    Args:
-      gain: a non-negative number, such as `gain("relu")`.
-
-    Raises:
-      ValueError: if gain is negative; at the draw, for a shape with fewer than two
-        axes.
-
-    >>> import jax
-    >>> w = orthogonal(2.0)(jax.random.key(0), (8, 3))
-    >>> bool(abs(w.T @ w - 4 * jax.numpy.eye(3)).max() < 1e-5)
-    True
-
-    Saxe et al. 2013, arXiv 1312.6120.
-    """
-    _checks.non_negative("orthogonal", gain=gain)
-    return by_fans("orthogonal", jax_initializers.orthogonal(gain))
-
-
-def delta_orthogonal(gain: float = 1.0) -> Preset:
-    """Convolutions that start as an orthogonal map of each pixel.
-
-        W[…centre…] = gain · Q,  QᵀQ = I or QQᵀ = I;  elsewhere 0
-
-    Convolutional networks of thousands of layers train from it. A kernel without a
-    window is `orthogonal`. The map must not lose inputs, so outputs may not be fewer.
-
-    Args:
-      gain: a non-negative number.
-
-    Raises:
-      ValueError: if gain is negative; at the draw, if a convolution has more inputs
-        than outputs, more than three window axes, or the shape fewer than two axes.
-
-    >>> import jax
-    >>> w = delta_orthogonal()(jax.random.key(0), (3, 2, 4))
-    >>> bool(abs(w[1] @ w[1].T - jax.numpy.eye(2)).max() < 1e-6), float(abs(w[0]).max())
-    (True, 0.0)
-
-    Xiao et al. 2018, arXiv 1806.05393.
-    """
-    _checks.non_negative("delta_orthogonal", gain=gain)
-    dense = jax_initializers.orthogonal(gain)
-    convolution = jax_initializers.delta_orthogonal(gain)
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        if len(shape) == 2:
-            return dense(key, shape, dtype)
-        if shape[-2] > shape[-1] or len(shape) > 5:
-            raise ValueError(
-                f"delta_orthogonal: shape must have 1 to 3 window axes and no more "
-                f"inputs than outputs, got {shape}."
-            )
-        return convolution(key, shape, dtype)
-
-    return by_fans("delta_orthogonal", init)
-
-
-def symmetric_uniform(rule: str, bound: float) -> Any:
-    """U(-bound, bound), for laws whose bound is not a fan of the shape drawn."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        limit = jnp.asarray(bound, dtype)
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return initializer(rule, init)
 
 
 def scaled(rule: str, scale: float, mode: str, distribution: str) -> Any:

@@ -23,6 +23,7 @@ import numpy as np
 from optclip._layouts import Layout
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> values
+_Draw = Callable[[jax.Array], jax.Array]
 
 
 def plain_shape(
@@ -71,9 +72,7 @@ def unfolded(
         return jnp.zeros(shape, dtype)
     plain = plain_shape(shape, layout, parts)
 
-    def draw(key: jax.Array) -> jax.Array:
-        return init(key, plain, wide(dtype))
-
+    draw: _Draw = lambda key: init(key, plain, wide(dtype))  # noqa: E731
     if parts > 1:
         draw = _each(draw, parts)
     if layout.stack:
@@ -91,9 +90,7 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _each(
-    draw: Callable[[jax.Array], jax.Array], copies: int
-) -> Callable[[jax.Array], jax.Array]:
+def _each(draw: _Draw, copies: int) -> _Draw:
     """The same draw for each of so many copies, along a new leading axis."""
 
     def draws(key: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ import numpy as np
 
 from optclip import _checks, _paths
 from optclip.initializers import linen, nnx, planning, taps, unfolding
+from optclip.initializers.isometries import orthogonal
 from optclip.initializers.redrawing import redraw
-from optclip.initializers.scaling import orthogonal
 
 
 def lsuv(

@@ -1,6 +1,6 @@
-"""Whole-model presets that start from a framework's defaults or a paper's recipe.
+"""Whole-model presets from papers, each named after its model or method.
 
-Each gives several roles their own law. Where the recipe is about a role (the residual
+Several roles get their own law. Where the recipe is about a role (the residual
 projections of GPT-2), `redraw` refuses a model in which it finds none: name them in
 `rules`, or the recipe would be lost without a word.
 """
@@ -9,105 +9,13 @@ import math
 from typing import Any
 
 import jax
-from jax.nn import initializers as jax_initializers
 
 from optclip import _checks
+from optclip.initializers.defaults import flax_default, torch_default
 from optclip.initializers.distributions import normal, zeros
-from optclip.initializers.presets import (
-    FromFanIn,
-    Preset,
-    constant,
-    initializer,
-)
-from optclip.initializers.scaling import (
-    lecun_normal,
-    orthogonal,
-    scaled,
-    symmetric_uniform,
-    xavier_uniform,
-)
-
-
-def flax_default() -> Preset:
-    """What Flax draws: LeCun's normal, with fans that are right where Flax's are not.
-
-        kernel ~ N(0, 1/fan_in) truncated,  recurrent orthogonal,  bias 0,  scale 1,
-        embedding ~ N(0, 1/features)
-
-    To put a model back to its start. Differs from Flax where Flax hands an initializer
-    a raw shape: an Einsum, stacked layers, fused recurrent gates.
-
-    >>> import jax
-    >>> round(float(flax_default()(jax.random.key(0), (256, 512)).std()), 2)
-    0.06
-    """
-    return _named("flax_default", lecun_normal(), recurrent=orthogonal())
-
-
-def keras_default() -> Preset:
-    """What Keras draws: Glorot's uniform.
-
-        kernel ~ U(±√(6 / (fan_in + fan_out))),  recurrent orthogonal,  bias 0,
-        scale 1,  embedding ~ U(±0.05),  an LSTM's forget bias 1
-
-    To compare with a Keras model. The forget bias is found in cells that keep their
-    gates apart. Keras counts a depthwise convolution's fans over all channels, and
-    here they are one channel's, of a kernel (3, 3, 1, channels).
-
-    >>> import jax
-    >>> w = keras_default()["embedding"](jax.random.key(0), (100, 64))
-    >>> round(float(abs(w).max()), 2)
-    0.05
-    """
-    embedding = symmetric_uniform("keras_default", 0.05)
-    roles = {"recurrent": orthogonal(), "embedding": embedding}
-    return _named("keras_default", xavier_uniform(), forget_bias=constant(1.0), **roles)
-
-
-def torch_default() -> Preset:
-    """What PyTorch's layers draw, biases by their kernel's fan-in.
-
-        kernel, bias ~ U(±1/√fan_in)                    Linear, Conv
-        recurrent cells: all ~ U(±1/√hidden),   embedding ~ N(0, 1)
-        query, key, value ~ U(±√(6 / (fan_in + 3 fan_in))),  attention's biases 0
-        scale 1,  shift 0
-
-    To compare with a PyTorch model. It is Kaiming's uniform with a = √5, the square
-    root that surprises everyone: a gain of 1/√3. Not a good start for deep networks.
-    PyTorch counts a transposed convolution's outputs as its fan-in:
-    `redraw(…, layouts={"ConvTranspose_0": "w*oi"})` does so too. A cell has two biases
-    a gate there, and one in Flax.
-
-    Raises:
-      ValueError: when a bias is drawn without its kernel: as `bias_init` without
-        `layer(..., fan_in=…)`, or by `redraw` where no kernel is beside it.
-
-    >>> import jax
-    >>> w = torch_default()(jax.random.key(0), (256, 512))
-    >>> round(float(abs(w).max()), 4)
-    0.0625
-    """
-    name = "torch_default"
-    by_fan_in = FromFanIn(name, lambda n: symmetric_uniform(name, 1 / math.sqrt(n)))
-    kernel = scaled(name, 1 / 3, "fan_in", "uniform")
-    # The three are drawn as one matrix with three times as many outputs.
-    third = scaled(name, 0.5, "fan_avg", "uniform")
-    zero = constant(0.0)
-    draws: dict[str, Any] = {
-        "kernel": kernel,
-        "bias": by_fan_in,
-        "recurrent": by_fan_in,
-        "recurrent_input": by_fan_in,
-        "embedding": initializer(name, jax_initializers.normal(1.0)),
-        "scale": constant(1.0),
-        "shift": zero,
-        "qkv": scaled(name, 1.0, "fan_avg", "uniform"),
-        "qkv_bias": zero,
-        "attention_out_bias": zero,
-    }
-    for part in ("query", "key", "value"):
-        draws |= {part: third, f"{part}_bias": zero}
-    return Preset(name, draws)
+from optclip.initializers.isometries import orthogonal
+from optclip.initializers.presets import Preset, constant, initializer, renamed
+from optclip.initializers.scaling import lecun_normal, scaled, xavier_uniform
 
 
 def gpt2(num_layers: int, stddev: float = 0.02) -> Preset:
@@ -137,7 +45,7 @@ def gpt2(num_layers: int, stddev: float = 0.02) -> Preset:
     _checks.at_least("gpt2", 1, num_layers=num_layers)
     _checks.non_negative("gpt2", stddev=stddev)
     residual = normal(stddev / math.sqrt(2 * num_layers))
-    return _named("gpt2", normal(stddev), ("residual_out",), residual_out=residual)
+    return renamed("gpt2", normal(stddev), ("residual_out",), residual_out=residual)
 
 
 def vit() -> Preset:
@@ -158,7 +66,7 @@ def vit() -> Preset:
         f"{role}_bias": constant(0.0)
         for role in ("query", "key", "value", "qkv", "attention_out", "head", "conv")
     }
-    return _named(
+    return renamed(
         "vit",
         xavier_uniform(),
         bias=normal(1e-6),
@@ -200,9 +108,9 @@ def resnet(zero_init_last: bool = False) -> Preset:
     conv = scaled("resnet", 2.0, "fan_out", "normal")
     preset = torch_default() | {"conv": conv, "conv_bias": constant(0.0)}
     if not zero_init_last:
-        return _named("resnet", preset)
+        return renamed("resnet", preset)
     last = constant(0.0)
-    return _named("resnet", preset, ("residual_scale",), residual_scale=last)
+    return renamed("resnet", preset, ("residual_scale",), residual_scale=last)
 
 
 def dcgan(stddev: float = 0.02) -> Preset:
@@ -229,7 +137,7 @@ def dcgan(stddev: float = 0.02) -> Preset:
     def around_one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return 1 + stddev * jax.random.normal(key, shape, dtype)
 
-    return _named("dcgan", normal(stddev), scale=initializer("dcgan", around_one))
+    return renamed("dcgan", normal(stddev), scale=initializer("dcgan", around_one))
 
 
 def ppo(policy_gain: float = 0.01, value_gain: float = 1.0) -> Preset:
@@ -259,7 +167,7 @@ def ppo(policy_gain: float = 0.01, value_gain: float = 1.0) -> Preset:
     _checks.non_negative("ppo", policy_gain=policy_gain, value_gain=value_gain)
     heads = {"policy_head": orthogonal(policy_gain)}
     heads["value_head"] = orthogonal(value_gain)
-    return _named("ppo", orthogonal(math.sqrt(2)), tuple(heads), **heads)
+    return renamed("ppo", orthogonal(math.sqrt(2)), tuple(heads), **heads)
 
 
 def mup(base_width: int) -> Preset:
@@ -296,7 +204,7 @@ def mup(base_width: int) -> Preset:
     embedding = normal(1 / math.sqrt(base_width))
     kernel = scaled("mup", 1.0, "fan_in", "normal")
     hidden = Preset("mup", {**lecun_normal().draws, "kernel": kernel})
-    return _named("mup", hidden, ("head",), head=head, embedding=embedding)
+    return renamed("mup", hidden, ("head",), head=head, embedding=embedding)
 
 
 def zero_last(preset: Preset | None = None) -> Preset:
@@ -325,12 +233,4 @@ def zero_last(preset: Preset | None = None) -> Preset:
     zero = constant(0.0)
     last = ("head", "policy_head", "value_head", "residual_out", "attention_out")
     draws = {role: zero for role in (*last, *(f"{role}_bias" for role in last))}
-    return _named("zero_last", preset, ("head", "residual_out"), **draws)
-
-
-def _named(
-    name: str, base: Preset, needs: tuple[str, ...] = (), /, **draws: Any
-) -> Preset:
-    """The base under another name, with the laws of some roles replaced."""
-    laws = {r: p["kernel"] if isinstance(p, Preset) else p for r, p in draws.items()}
-    return Preset(name, (base | laws).draws, needs)
+    return renamed("zero_last", preset, ("head", "residual_out"), **draws)
