@@ -134,6 +134,8 @@ def _identity(rule: str, gain: float) -> Preset:
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         centre = tuple(size // 2 for size in shape[:-2])
-        return jnp.zeros(shape, dtype).at[centre].set(gain * jnp.eye(*shape[-2:]))
+        return (
+            jnp.zeros(shape, dtype).at[centre].set(gain * jnp.eye(shape[-2], shape[-1]))
+        )
 
     return by_fans(rule, init)

@@ -201,15 +201,15 @@ class _Axes:
         return bool(self.of(path).window)
 
     def ambiguous(self, path: str) -> bool:
-        """Nobody can tell the axes of an einsum's kernel that has no bias."""
+        """Nobody can tell the axes of an einsum's kernel, but its bias."""
         kind, name = self._known.get(path, nnx.Known()).type, path.rpartition("/")[2]
-        return (
-            re.search(r"(?i)einsum", f"{kind}/{path}") is not None
-            and name == "kernel"
-            and len(self._shapes[path]) > 2
-            and path not in self._forms
-            and f"{path.removesuffix(name)}bias" not in self._shapes
-        )
+        einsum = re.search(r"(?i)einsum", f"{kind}/{path}") and name == "kernel"
+        shape, bias = self._shapes[path], f"{path.removesuffix(name)}bias"
+        if not einsum or path in self._forms or len(shape) < 3:
+            return False
+        layout = self.of(path)
+        told = [shape[axis] for axis in sorted((*layout.stack, *layout.outputs))]
+        return tuple(told) != self._shapes.get(bias)
 
     def _stack(self, path: str) -> int | None:
         if isinstance(self._stacked, str):

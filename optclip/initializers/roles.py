@@ -144,9 +144,16 @@ def recurrent_kernel(path: str, shapes: Mapping[str, Shape]) -> str | None:
     cell, _, gate = holder.rpartition("/")
     if not re.fullmatch(_GATES, gate):
         return None
-    at = gate.startswith("dense_") * len("dense_")
-    pair = [f"{cell}/{gate[:at]}{x}{gate[at + 1 :]}/kernel".lstrip("/") for x in "ih"]
-    return pair[1] if all(other in shapes for other in pair) else None
+    fused = "dense_" if gate.startswith("dense_") else ""
+    rest = gate.removeprefix(fused)[1:].rstrip("_")
+    # NNX calls the gate that Python has no name for `if_`.
+    inputs, recurrents = (
+        [f"{cell}/{fused}{side}{rest}{end}/kernel".lstrip("/") for end in ("", "_")]
+        for side in "ih"
+    )
+    if not any(kernel in shapes for kernel in inputs):
+        return None
+    return next((kernel for kernel in recurrents if kernel in shapes), None)
 
 
 def _kernel_role(
