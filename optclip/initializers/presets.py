@@ -20,7 +20,8 @@ from optclip.initializers.roles import checked_role, lineage
 from optclip.initializers.unfolding import Initializer, wide
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared and hashed by identity: Flax's modules, which hold it, must be hashable.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Preset:
     """Role → JAX initializer, and itself the initializer of its kernel role.
 

@@ -87,7 +87,8 @@ def unfolded(
 
 def wide(dtype: Any) -> Any:
     """The dtype in which values are drawn: half precision has few bits, and no QR."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # NumPy's promotion: JAX's would refuse under strict promotion.
+    return np.promote_types(jnp.dtype(dtype), np.float32)
 
 
 def _each(draw: _Draw, copies: int) -> _Draw:

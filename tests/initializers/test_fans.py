@@ -81,7 +81,10 @@ LINEN = [
     (
         nn.RNN(nn.SimpleCell(8)),
         X,
-        {"cell/i/kernel": ("recurrent_input", 16, 8), "cell/h/kernel": ("recurrent", 8, 8)},
+        {
+            "cell/i/kernel": ("recurrent_input", 16, 8),
+            "cell/h/kernel": ("recurrent", 8, 8),
+        },
     ),
     (
         nn.RNN(nn.ConvLSTMCell(8, (3, 3))),
@@ -101,7 +104,7 @@ LINEN = [
         {"embedding": ("embedding", 5, 11)},
     ),
     (nn.PReLU(), X, {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("module", "inputs", "expected"), LINEN)
