@@ -180,4 +180,6 @@ def _placed(
     if len(sharding.device_set) > 1:
         return jax.jit(draw, out_shardings=sharding)(key)
     values = draw(key)
-    return values if values.sharding == sharding else jax.device_put(values, sharding)
+    # A traced key draws for whoever traces.
+    there = isinstance(values, Tracer) or values.sharding == sharding
+    return values if there else jax.device_put(values, sharding)

@@ -55,8 +55,9 @@ def lsuv(
 
     Raises:
       ValueError: if tolerance or max_iterations is not positive, module is neither or
-        lacks params, nothing has a kernel, or a layer's output has the variance 0 (a
-        zero kernel: draw it first) or is not finite.
+        lacks params, nothing has a kernel, a layer's output has the variance 0 (a zero
+        kernel: draw it first) or is not finite, or is not within the tolerance after
+        max_iterations (a bias's own spread does not shrink with the kernel).
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
@@ -104,6 +105,12 @@ def lsuv(
                 break
             factors[path][... if number is None else number] /= math.sqrt(variance)
             seen = record.during(lambda: forward(factors))
+        else:
+            raise ValueError(
+                f"lsuv: max_iterations must suffice for every layer, got "
+                f"{max_iterations} and still the variance {variance:.3g} from "
+                f"{path!r}; is it its bias's?"
+            )
     new = _scaled(own, kernels, factors)
     if nnx.is_module(target):
         return nnx.update(target, new)
