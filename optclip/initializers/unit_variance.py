@@ -41,7 +41,7 @@ def lsuv(
       key: draws the model anew first, with `orthogonal()`, as the paper does; None
         keeps the kernels' directions as they are.
       tolerance: how far from 1 a variance may stay, positive.
-      max_iterations: how often one layer is measured, at least 1.
+      max_iterations: how often one layer may be scaled, at least 1.
 
     Returns:
       New variables of the same structure, or None for a module, changed in place. Only
@@ -93,7 +93,7 @@ def lsuv(
     seen = record.during(lambda: forward(factors))
     sizes = {path: len(factor) for path, factor in factors.items()}
     for path, number in taps.in_order(called, seen, sizes):
-        for _ in range(max_iterations):
+        for scalings in range(max_iterations + 1):
             variances = [variance for (variance,) in seen[path]]
             variance = np.mean(variances) if number is None else variances[number]
             if not 0 < variance < np.inf:
@@ -103,14 +103,14 @@ def lsuv(
                 )
             if abs(variance - 1) < tolerance:
                 break
+            if scalings == max_iterations:
+                raise ValueError(
+                    f"lsuv: max_iterations must suffice for every layer, got "
+                    f"{max_iterations} and still the variance {variance:.3g} from "
+                    f"{path!r}; is it its bias's?"
+                )
             factors[path][... if number is None else number] /= math.sqrt(variance)
             seen = record.during(lambda: forward(factors))
-        else:
-            raise ValueError(
-                f"lsuv: max_iterations must suffice for every layer, got "
-                f"{max_iterations} and still the variance {variance:.3g} from "
-                f"{path!r}; is it its bias's?"
-            )
     new = _scaled(own, kernels, factors)
     if nnx.is_module(target):
         return nnx.update(target, new)

@@ -120,14 +120,35 @@ def test_each_layer_of_a_scanned_stack_has_a_row(api):
     report = signal_report(module, held, TEXT, mean_square)
     rows = {row.layer: row for row in report.rows}
     for i in range(LAYERS):
+        assert rows[f"blocks/c_proj[{i}]"].backward.variance > 0
         assert rows[f"blocks/norm_0[{i}]"].forward.variance == pytest.approx(1, abs=0.1)
     order = [row.layer for row in report.rows]
     assert order.index("blocks/c_proj[0]") < order.index("blocks/fc[1]")
-    # The residual stream adds up: what comes back grows towards the first layer.
-    back = [rows[f"blocks/c_proj[{i}]"].backward.variance for i in range(LAYERS)]
-    assert back[0] > back[-1] > 0
     assert rows["token.attend"].backward.variance > 0
     assert "token" in rows and "position" in rows
+
+
+def test_the_way_back_through_a_scan_is_numbered_as_the_way_there():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8, use_bias=False, name="dense")(x), None
+
+    split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    module = nn.scan(Layer, length=3, **split)()
+    factors = np.array([1.0, 10.0, 100.0], np.float32)
+    kernel = jnp.asarray(factors[:, None, None] * np.eye(8, dtype=np.float32))
+    rows = signal_report(
+        lambda v, x: module.apply(v, x, None)[0],
+        {"params": {"dense": {"kernel": kernel}}},
+        X,
+        lambda y: jnp.sum(y * X),
+    ).rows
+    # There: all factors up to the layer's own. Back: all that come behind it.
+    for row, there, back in zip(rows, (1, 10, 1000), (1000, 100, 1), strict=True):
+        variance = float(X.var())
+        assert row.forward.variance == pytest.approx(there**2 * variance, rel=1e-4)
+        assert row.backward.variance == pytest.approx(back**2 * variance, rel=1e-4)
 
 
 def test_a_layer_that_is_called_often_is_averaged():
