@@ -1,9 +1,10 @@
 """A finished model drawn anew: keys, both Flax APIs, what stays, and bad input."""
 
 import hashlib
+import subprocess
+import sys
 
 import chex
-import equinox as eqx
 import flax.core
 import jax
 import jax.numpy as jnp
@@ -255,6 +256,7 @@ def test_under_jit_and_eval_shape(variables):
 
 
 def test_equinox_and_plain_trees():
+    eqx = pytest.importorskip("equinox")
     mlp = eqx.nn.MLP(4, 3, 64, 1, key=KEY)
     new = redraw(mlp, torch_default(), KEY)
     assert new.activation is mlp.activation
@@ -289,6 +291,11 @@ def test_a_jax_initializer_alone_is_for_kernels():
 def test_empty_parameters_are_left_empty():
     tree = {"a/kernel": jnp.ones((0, 3)), "b/kernel": jnp.ones((2, 3))}
     assert redraw(tree, orthogonal(), KEY)["a/kernel"].shape == (0, 3)
+
+
+def test_importing_optclip_imports_no_flax():
+    program = "import sys, optclip; sys.exit('flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 # Doors: a layer that is being built.
