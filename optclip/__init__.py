@@ -1,7 +1,7 @@
 """optclip: bounds on magnitudes for JAX, as Optax gradient transformations.
 
 Grouped by concept, like the README: rules with a given limit, rules that set their own,
-the parts that rules are made of, per-example sums, and numbers and state.
+the parts that rules are made of, per-example sums, numbers and state, first values.
 """
 
 # Rules with a fixed or scheduled limit.
@@ -49,3 +49,6 @@ from optclip.clipping.norms import global_norm as global_norm
 from optclip.clipping.norms import leaf_norms as leaf_norms
 from optclip.clipping.resuming import Adopted as Adopted
 from optclip.clipping.resuming import adopt_state as adopt_state
+
+# First values: presets and drawing a model anew.
+from optclip import initializers as initializers

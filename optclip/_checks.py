@@ -9,9 +9,10 @@ them would wait for the device at every step); so do the schedules of `limit_lik
 
 import contextlib
 import contextvars
+import difflib
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -98,6 +99,22 @@ def choice(rule: str, options: tuple[str, ...], **named: Any) -> None:
         if value not in options:
             listed = " or ".join(repr(option) for option in options)
             raise _error(rule, name, listed, repr(value))
+
+
+def known(rule: str, options: Iterable[str], **named: Any) -> None:
+    """Raises unless each value is one of many names; the message has the nearest."""
+    options = list(options)
+    for name, value in named.items():
+        if value not in options:
+            wanted = f"a known name, such as {nearest(value, options)}"
+            raise _error(rule, name, wanted, repr(value))
+
+
+def nearest(word: Any, options: Iterable[str]) -> str:
+    """The names most like a word, quoted; all of them if none is."""
+    options = list(options)
+    near = difflib.get_close_matches(str(word), options, n=3, cutoff=0.5)
+    return ", ".join(repr(option) for option in near or options)
 
 
 def instance(rule: str, kind: type, **named: Any) -> None:

@@ -105,6 +105,9 @@ _TYPES = {
     r"(?i:conv)\w*/kernel$": "w*io",
     r"(?i:transpose)\w*/w$": "w*oi",
     r"(?i:linear|embed)\w*/weight$": "oi",
+    # An einsum has no window. Which of the two, its bias tells.
+    r"(?i:einsum)\w*/kernel$": "oio",
+    r"(?i:einsum)(_\w+|\d+)?/kernel$": "iio",
 }
 # What a name says, taken at its word: a bias-free convolution called `out` is read as
 # stacked attention, whose units are finer; the reverse mistake would join layers.

@@ -34,15 +34,23 @@ def spikes(tmp_path_factory):
     return run_, output
 
 
-def rows(lines: list[str]) -> dict[str, str]:
-    """The table's rows by rule: what stands between its header and the empty line."""
-    (header,) = (n for n, line in enumerate(lines) if line.startswith("rule "))
+@pytest.fixture(scope="module")
+def deep_init(tmp_path_factory):
+    """A short run of a less deep network: its lines and its folder."""
+    output = tmp_path_factory.mktemp("deep_init")
+    options = "--depth", "6", "--steps", "60", "--output", str(output)
+    return run("deep_init.py", *options), output
+
+
+def rows(lines: list[str], of: str = "rule", width: int = 32) -> dict[str, str]:
+    """The table's rows by name: what stands between its header and the empty line."""
+    (header,) = (n for n, line in enumerate(lines) if line.startswith(f"{of} "))
     table = lines[header + 1 : lines.index("", header)]
-    return {line[:32].strip(): line[32:] for line in table}
+    return {line[:width].strip(): line[width:] for line in table}
 
 
 def test_every_example_is_tested():
-    tested = {"regression.py", "transformer_spikes.py"}
+    tested = {"deep_init.py", "regression.py", "transformer_spikes.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -115,7 +123,26 @@ def test_what_did_worse_than_the_fixed_norm_is_said(spikes):
     assert "none (+nan)" in worse
 
 
-@pytest.mark.parametrize("example", ["regression", "spikes"])
+def test_the_signal_keeps_its_size_or_halves_and_zeros_stay_equal(deep_init):
+    lines, _ = deep_init
+    table = {}
+    for name, row in rows(lines, of="start", width=24).items():
+        *numbers, accuracy, units, _ = row.split()
+        table[name] = [float(number) for number in numbers], accuracy, int(units)
+        assert all(math.isfinite(number) for number in table[name][0]), name
+    assert len(table) == 7
+    signal = {name: numbers[0] for name, (numbers, *_) in table.items()}
+    assert 0.1 < signal["He, ReLU"] < 10 and 0.9 < signal["LSUV, ReLU"] < 1.1
+    # Each ReLU halves it.
+    assert signal["Xavier, ReLU"] < 0.1 * signal["He, ReLU"]
+    loss = {name: numbers[2] for name, (numbers, *_) in table.items()}
+    assert loss["He, ReLU"] < loss["Xavier, ReLU"] < 2.31
+    assert loss["Xavier, 2 layers"] < 2 < loss["zeros, 2 layers"]
+    units = {name: units for name, (_, _, units) in table.items()}
+    assert units["zeros, 2 layers"] == 1 and units["Xavier, 2 layers"] == 64
+
+
+@pytest.mark.parametrize("example", ["regression", "spikes", "deep_init"])
 def test_the_last_line_names_the_picture(example, request):
     lines, output = request.getfixturevalue(example)
     (picture,) = output.iterdir()

@@ -62,11 +62,30 @@ def case(function, tree, arguments, outputs, **extra) -> dict:
     }
 
 
-def write(script: str, versions: dict[str, str], cases: list[dict]) -> None:
+def draw(name, preset, arguments, values, path, shapes, **extra) -> dict:
+    """One draw: its law, and which of optclip's it is to be compared with."""
+    values = np.asarray(values, np.float64)
+    return {
+        "name": name,
+        "preset": preset,
+        "arguments": arguments,
+        "path": path,
+        "shapes": shapes,
+        "count": values.size,
+        "mean": values.mean(),
+        "stddev": values.std(),
+        "largest": np.abs(values).max(),
+        "zeros": float((values == 0).mean()),
+        "deciles": np.quantile(values, np.arange(1, 10) / 10).tolist(),
+        **extra,
+    }
+
+
+def write(script: str, versions: dict[str, str], cases: list[dict], **extra) -> None:
     """Writes `make_<library>.py`'s cases to `<library>.json` beside it."""
     path = pathlib.Path(script)
     path = path.with_name(path.stem.removeprefix("make_") + ".json")
-    path.write_text(_text({"versions": versions, "cases": cases}) + "\n")
+    path.write_text(_text({"versions": versions, **extra, "cases": cases}) + "\n")
 
 
 def _lists(tree) -> dict[str, list]:

@@ -1,0 +1,455 @@
+"""A finished model drawn anew: keys, both Flax APIs, what stays, and bad input."""
+
+import hashlib
+import subprocess
+import sys
+
+import chex
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optclip import _paths
+from optclip.initializers import (
+    delta_orthogonal,
+    gain,
+    gpt2,
+    he_normal,
+    he_uniform,
+    linen,
+    mup,
+    normal,
+    orthogonal,
+    ppo,
+    redraw,
+    resnet,
+    roles_of,
+    sparse,
+    torch_default,
+    truncated_normal,
+    uniform,
+    xavier_normal,
+    xavier_uniform,
+    zero_last,
+    zeros,
+)
+from optclip.initializers import nnx as nnx_door
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+KEY = jax.random.key(3)
+
+
+def leaves(tree):
+    return {path: value for path, value in _paths.leaves(tree)}
+
+
+class Linen(nn.Module):
+    """The same paths and shapes as `Nnx`."""
+
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(16, name="fc", kernel_init=self.kernel_init)(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.MultiHeadDotProductAttention(4, name="attention")(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs, dtype=jnp.float32):
+        self.fc = nnx.Linear(8, 16, param_dtype=dtype, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            4, 16, decode=False, dropout_rate=0.1, rngs=rngs
+        )
+        self.adapter = nnx.LoRA(8, 2, 8, rngs=rngs)
+
+
+X = jnp.ones((2, 3, 8))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return Linen().init(KEY, X)
+
+
+def test_linen_and_nnx_draw_the_same_numbers(variables):
+    new = leaves(redraw(variables, torch_default(), KEY)["params"])
+    model = Nnx(nnx.Rngs(0))
+    assert redraw(model, torch_default(), KEY) is None
+    own = leaves(nnx.state(model, nnx.Param))
+    for path, value in new.items():
+        np.testing.assert_array_equal(own[path], value, err_msg=path)
+    assert own["fc/kernel"].std() > 0.1
+
+
+def test_another_layer_changes_no_other(variables):
+    new = redraw(variables["params"], he_normal(), KEY)
+    more = {**variables["params"], "extra": {"kernel": jnp.ones((3, 3))}}
+    more = redraw(more, he_normal(), KEY)
+    chex.assert_trees_all_equal({n: more[n] for n in new}, new)
+
+
+def test_paths_and_keys_draw_apart():
+    tree = {name: {"kernel": jnp.ones((8, 8))} for name in "ab"}
+    one, two = (redraw(tree, he_normal(), jax.random.key(k)) for k in (0, 1))
+    drawn = [t[name]["kernel"] for t in (one, two) for name in "ab"]
+    assert len({leaf.tobytes() for leaf in map(np.asarray, drawn)}) == 4
+    chex.assert_trees_all_equal(one, redraw(tree, he_normal(), jax.random.PRNGKey(0)))
+
+
+def test_the_numbers_of_a_path_do_not_change_between_releases():
+    # Whoever resumes from a seed relies on them.
+    (value,) = redraw({"fc/kernel": jnp.ones((1, 1))}, normal(1.0), KEY).values()
+    assert float(value[0, 0]) == pytest.approx(-0.63500, abs=1e-4)
+
+
+def test_each_layer_of_a_stack_draws_by_its_number():
+    tree = {"kernel": jnp.ones((3, 8, 6)), "bias": jnp.ones((3, 6))}
+    new = redraw(tree, he_normal(), KEY)["kernel"]
+    digest, key = hashlib.blake2b(b"kernel", digest_size=8).digest(), KEY
+    for half in (digest[:4], digest[4:]):
+        key = jax.random.fold_in(key, int.from_bytes(half, "big"))
+    for i, layer in enumerate(new):
+        expected = he_normal()(jax.random.fold_in(key, i), (8, 6))
+        np.testing.assert_allclose(layer, expected, rtol=1e-6)
+
+
+def test_what_is_no_parameter_stays(variables):
+    moved = jax.tree.map(lambda x: x + 1, variables)
+    new = redraw(moved, he_normal(), KEY)
+    assert new.keys() == moved.keys()
+    chex.assert_trees_all_equal(new["batch_stats"], moved["batch_stats"])
+    assert float(new["params"]["norm"]["scale"][0]) == 1
+
+    model = Nnx(nnx.Rngs(0))
+    before = leaves(nnx.state(model, nnx.Not(nnx.Param)))
+    adapter = np.asarray(model.adapter.lora_a[...])
+    count = np.asarray(before["attention/rngs/count"])
+    redraw(model, he_normal(), KEY)
+    after = leaves(nnx.state(model, nnx.Not(nnx.Param)))
+    assert after.keys() == before.keys()
+    np.testing.assert_array_equal(after["norm/mean"], before["norm/mean"])
+    np.testing.assert_array_equal(after["attention/rngs/count"], count)
+    np.testing.assert_array_equal(model.adapter.lora_a[...], adapter)
+
+
+def test_a_whole_nnx_state_is_a_tree():
+    model = Nnx(nnx.Rngs(0))
+    state = nnx.state(model)
+    new = redraw(state, zeros(), KEY)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert not leaves(new)["fc/kernel"].any()
+    np.testing.assert_array_equal(leaves(new)["norm/var"], np.ones(16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes_are_kept_and_half_precision_is_rounded(dtype):
+    tree = {"kernel": jnp.ones((16, 8), dtype), "steps": jnp.ones((3, 3), int)}
+    new = redraw(tree, orthogonal(), KEY)
+    exact = redraw({"kernel": jnp.ones((16, 8))}, orthogonal(), KEY)["kernel"]
+    assert new["kernel"].dtype == dtype
+    np.testing.assert_array_equal(new["kernel"], exact.astype(dtype))
+    assert new["steps"] is tree["steps"]
+    model = Nnx(nnx.Rngs(0), dtype)
+    redraw(model, he_normal(), KEY)
+    assert model.fc.kernel[...].dtype == dtype
+
+
+def test_float64_is_drawn_in_float64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else _x64():
+        new = redraw({"kernel": jnp.ones((4, 4), jnp.float64)}, normal(1.0), KEY)
+        assert new["kernel"].dtype == jnp.float64
+        values = np.asarray(new["kernel"])
+        assert (values != values.astype(np.float32)).any()
+
+
+def _x64():
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+def test_containers_and_boxes_are_kept(variables):
+    frozen = flax.core.freeze(variables)
+    new = redraw(frozen, he_normal(), KEY)
+    assert isinstance(new, flax.core.FrozenDict)
+    chex.assert_trees_all_equal(
+        flax.core.unfreeze(new), redraw(variables, he_normal(), KEY)
+    )
+    boxed = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    params = Linen(boxed).init(KEY, X)["params"]
+    drawn = redraw(params, he_normal(), KEY)["fc"]["kernel"]
+    assert isinstance(drawn, nn.Partitioned) and drawn.names == ("in", "out")
+    bare = redraw(nn.meta.unbox(params), he_normal(), KEY)["fc"]["kernel"]
+    np.testing.assert_array_equal(drawn.value, bare)
+
+
+def test_metadata_of_variables_is_kept():
+    model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(jnp.ones((8, 16)), note="mine")
+    redraw(model, he_normal(), KEY)
+    assert model.kernel.note == "mine"
+    assert model.kernel[...].std() > 0.1
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    if len(jax.devices("cpu")) < 8:
+        pytest.skip("needs eight host devices")
+    return jax.sharding.Mesh(np.array(jax.devices("cpu")).reshape(8), ("model",))
+
+
+def test_shardings_are_kept(mesh):
+    split = NamedSharding(mesh, PartitionSpec(None, "model"))
+    tree = {"kernel": jax.device_put(jnp.ones((16, 32)), split)}
+    new = redraw(tree, he_normal(), KEY)["kernel"]
+    assert new.sharding == split
+    alone = redraw({"kernel": jnp.ones((16, 32))}, he_normal(), KEY)["kernel"]
+    np.testing.assert_allclose(new, alone, rtol=1e-6)
+    # A tree of shapes, for a model too large to draw before it is placed.
+    shape = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=split)
+    assert redraw({"kernel": shape}, he_normal(), KEY)["kernel"].sharding == split
+    one = jax.device_put(jnp.ones((4, 4)), jax.devices("cpu")[3])
+    assert redraw({"kernel": one}, zeros(), KEY)["kernel"].devices() == one.devices()
+
+
+def test_explicit_shardings_are_kept_under_jit(mesh):
+    explicit = jax.sharding.Mesh(
+        mesh.devices, ("model",), axis_types=(jax.sharding.AxisType.Explicit,)
+    )
+    split = NamedSharding(explicit, PartitionSpec(None, "model"))
+    tree = {"kernel": jax.device_put(jnp.ones((16, 32)), split)}
+    with (
+        jax.sharding.use_mesh(explicit)
+        if not hasattr(jax, "set_mesh")
+        else (jax.set_mesh(explicit))
+    ):
+        new = jax.jit(lambda t: redraw(t, normal(1.0), KEY))(tree)["kernel"]
+    assert new.sharding.spec == split.spec
+
+
+def test_under_jit_and_eval_shape(variables):
+    eager = redraw(variables, torch_default(), KEY)
+    jitted = jax.jit(lambda v, k: redraw(v, torch_default(), k))(variables, KEY)
+    chex.assert_trees_all_close(jitted, eager, rtol=1e-6)
+    shapes = jax.eval_shape(lambda k: redraw(variables, he_normal(), k), KEY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, variables)
+    chex.assert_trees_all_equal(
+        redraw(jax.eval_shape(lambda: variables["params"]), torch_default(), KEY),
+        eager["params"],
+    )
+
+    @nnx.jit
+    def again(model):
+        redraw(model, torch_default(), KEY)
+
+    model = Nnx(nnx.Rngs(0))
+    again(model)
+    kernel = eager["params"]["fc"]["kernel"]
+    np.testing.assert_allclose(model.fc.kernel[...], kernel, rtol=1e-6)
+
+
+def test_equinox_and_plain_trees():
+    eqx = pytest.importorskip("equinox")
+    mlp = eqx.nn.MLP(4, 3, 64, 1, key=KEY)
+    new = redraw(mlp, torch_default(), KEY)
+    assert new.activation is mlp.activation
+    weight, bias = new.layers[1].weight, new.layers[1].bias
+    assert weight.shape == (3, 64) and 0.1 < abs(weight).max() <= 1 / 8
+    assert 0 < abs(bias).max() <= 1 / 8
+    plain = redraw({"w1": jnp.ones((4, 9)), "b1": jnp.ones(9)}, torch_default(), KEY)
+    assert 0.3 < abs(plain["b1"]).max() <= 1 / 2
+    assert jax.tree.structure(new) == jax.tree.structure(mlp)
+
+
+def test_rules():
+    tree = {n: {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)} for n in "abcd"}
+    half = jax.nn.initializers.constant(0.5)
+    rules = {"a/": None, "b/kernel": "head", "c/": zeros(), "d/": half}
+    preset = he_normal() | {"head": normal(3.0)["kernel"]}
+    new = redraw(tree, preset, KEY, rules=rules)
+    chex.assert_trees_all_equal(new["a"], tree["a"])
+    assert new["b"]["kernel"].std() == pytest.approx(3, rel=0.1)
+    assert not new["b"]["bias"].any()
+    assert not new["c"]["kernel"].any()
+    assert (new["d"]["kernel"] == 0.5).all() and (new["d"]["bias"] == 0.5).all()
+
+
+def test_a_jax_initializer_alone_is_for_kernels():
+    tree = {"query/kernel": jnp.ones((64, 4, 16)), "query/bias": jnp.ones((4, 16))}
+    new = redraw(tree, jax.nn.initializers.he_normal(), KEY)
+    assert new["query/kernel"].std() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
+    assert not new["query/bias"].any()
+
+
+def test_empty_parameters_are_left_empty():
+    tree = {"a/kernel": jnp.ones((0, 3)), "b/kernel": jnp.ones((2, 3))}
+    assert redraw(tree, orthogonal(), KEY)["a/kernel"].shape == (0, 3)
+
+
+def test_importing_optclip_imports_no_flax():
+    program = "import sys, optclip; sys.exit('flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Doors: a layer that is being built.
+
+
+def test_linen_layers():
+    layer = linen.layer
+    dense = nn.Dense(4, **layer(xavier_uniform(), "head"))
+    assert abs(dense.init(KEY, X)["params"]["kernel"]).max() <= (6 / 12) ** 0.5
+    attention = nn.MultiHeadDotProductAttention(2, **layer(gpt2(8), "attention"))
+    params = attention.init(KEY, X, X)["params"]
+    assert params["out"]["kernel"].std() == pytest.approx(0.005, rel=0.3)
+    assert params["query"]["kernel"].std() == pytest.approx(0.02, rel=0.3)
+    embedding = nn.Embed(200, 64, **layer(he_normal(), "embedding"))
+    table = embedding.init(KEY, jnp.zeros(1, int))["params"]["embedding"]
+    assert table.std() == pytest.approx(1 / 8, rel=0.05)
+    norm = nn.LayerNorm(**layer(zero_last(), "norm")).init(KEY, X)["params"]
+    assert (norm["scale"] == 1).all()
+    cell = nn.RNN(nn.LSTMCell(8, **layer(torch_default(), "cell", fan_in=8)))
+    for value in jax.tree.leaves(cell.init(KEY, X)):
+        assert 0 < abs(value).max() <= 8**-0.5
+
+
+def test_nnx_layers():
+    layer, rngs = nnx_door.layer, nnx.Rngs(0)
+    linear = nnx.Linear(64, 4, **layer(torch_default(), fan_in=64), rngs=rngs)
+    assert 0.01 < abs(linear.bias[...]).max() <= 1 / 8
+    words = "btd,ndh->btnh"
+    einsum = nnx.Einsum(
+        words, (4, 64, 32), **layer(he_normal(), layout="oio"), rngs=rngs
+    )
+    assert einsum.kernel[...].std() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
+    assert nnx.Conv(3, 8, (3,), kernel_init=he_normal(), rngs=rngs).kernel[...].any()
+
+
+def test_the_kernel_of_a_preset_is_a_jax_initializer():
+    assert isinstance(hash(nn.Dense(3, kernel_init=he_normal())), int)
+    kernel = nn.Dense(64, kernel_init=he_normal()).init(KEY, X)["params"]["kernel"]
+    np.testing.assert_array_equal(
+        nnx.Linear(8, 64, kernel_init=he_normal(), rngs=nnx.Rngs(0)).kernel.shape,
+        kernel.shape,
+    )
+
+
+# Bad input.
+
+DENSE = {"fc/kernel": jnp.ones((4, 3)), "fc/bias": jnp.ones(3)}
+
+
+def bad(call, *words):
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: xavier_uniform(-1.0), ["xavier_uniform: gain", "-1.0"]),
+        (lambda: xavier_normal(float("nan")), ["xavier_normal: gain", "nan"]),
+        (lambda: orthogonal(True), ["orthogonal: gain", "True"]),
+        (lambda: delta_orthogonal("relu"), ["delta_orthogonal: gain", "'relu'"]),
+        (lambda: ppo(value_gain=-2.0), ["ppo: value_gain", "-2.0"]),
+        (lambda: normal(-0.02), ["normal: stddev", "-0.02"]),
+        (lambda: uniform(-1), ["uniform: scale", "-1"]),
+        (lambda: truncated_normal(-1.0), ["truncated_normal: stddev", "-1.0"]),
+        (lambda: sparse(1.5), ["sparse: sparsity", "[0, 1]", "1.5"]),
+        (lambda: sparse(0.5, -1.0), ["sparse: stddev", "-1.0"]),
+        (lambda: gpt2(0), ["gpt2: num_layers", "0"]),
+        (lambda: gpt2(2.0), ["gpt2: num_layers", "2.0"]),
+        (lambda: mup(-1), ["mup: base_width", "-1"]),
+        (lambda: resnet("yes"), ["resnet: zero_init_last", "'yes'"]),
+        (lambda: zero_last(3), ["zero_last: preset", "3"]),
+        (lambda: he_uniform(mode="fan"), ["he_uniform: mode", "'fan_in'", "'fan'"]),
+        (lambda: he_normal("rellu"), ["activation", "'relu'", "'rellu'"]),
+        (lambda: he_normal(a="0.1"), ["he_normal: a", "'0.1'"]),
+        (lambda: gain("tahn"), ["gain: activation", "'tanh'", "'tahn'"]),
+        (lambda: gain(jnp.sum), ["gain: activation", "elementwise", "()"]),
+        (lambda: gain(jnp.zeros_like), ["gain: activation", "0.0"]),
+        (lambda: gain("relu", negative_slope=0.1), ["gain: negative_slope", "relu"]),
+        (lambda: he_normal()["kernl"], ["he_normal: role", "'kernel'", "'kernl'"]),
+        (lambda: he_normal() | {"haed": zeros()}, ["role", "'head'", "'haed'"]),
+        (lambda: he_normal()(KEY, (3,)), ["he_normal: shape", "(3,)", "fans"]),
+        (lambda: sparse(0.5)(KEY, (3,)), ["sparse: shape", "(3,)"]),
+        (
+            lambda: delta_orthogonal()(KEY, (3, 8, 4)),
+            ["delta_orthogonal: shape", "inputs than outputs", "(3, 8, 4)"],
+        ),
+        (
+            lambda: torch_default()["bias"](KEY, (3,)),
+            ["torch_default: fan_in", "(3,)", "redraw"],
+        ),
+        (
+            lambda: nn.Dense(3, **linen.layer(torch_default())).init(KEY, X),
+            ["torch_default: fan_in", "redraw"],
+        ),
+        (
+            lambda: nnx_door.layer(he_normal(), "attenton"),
+            ["layer: role", "'attention'", "'attenton'"],
+        ),
+        (
+            lambda: nnx_door.layer(he_normal(), fan_in=0),
+            ["layer: fan_in", "0"],
+        ),
+        (
+            lambda: linen.layer(he_normal(), layout="io/x"),
+            ["layer: layouts", "'io/x'"],
+        ),
+    ],
+)  # fmt: skip
+def test_bad_presets(call, words):
+    bad(call, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("he_norml",), ["redraw: preset", "'he_normal'", "'he_norml'"]),
+        ((he_normal,), ["redraw: preset", "call", "'he_normal'"]),
+        ((3,), ["redraw: preset", "3"]),
+        ((he_normal(), 0), ["redraw: key", "0"]),
+        ((he_normal(), KEY, {"x": None}), ["rules", "'x'", "fc/kernel"]),
+        ((he_normal(), KEY, {"fc": "kernl"}), ["role", "'kernel'", "'kernl'"]),
+        ((he_normal(), KEY, {"fc": 3}), ["redraw: rules", "3"]),
+        ((he_normal(), KEY, {"": None}), ["redraw: some parameter must have a role"]),
+        ((he_normal(), KEY, {"bias": "kernel"}), ["he_normal: shape", "(3,)"]),
+        ((he_normal(), KEY, {}, {"y": "io"}), ["layouts", "'y'", "fc/kernel"]),
+        ((he_normal(), KEY, {}, {"fc": "iox"}), ["'iox'", "fc/kernel", "(4, 3)"]),
+        ((he_normal(), KEY, {}, {"fc": "io/2"}), ["parts", "2", "(4, 3)"]),
+        ((he_normal(), KEY, {}, {"fc": "io/-2"}), ["layouts", "'io/-2'"]),
+        ((he_normal(), KEY, {}, {}, "z"), ["stacked", "'z'", "fc/kernel"]),
+        ((gpt2(2),), ["gpt2: the model", "residual_out", "rules"]),
+        ((ppo(),), ["ppo: the model", "policy_head", "rules"]),
+        ((mup(64),), ["mup: the model", "head", "rules"]),
+        ((resnet(True),), ["resnet: the model", "residual_scale"]),
+        ((zero_last(),), ["zero_last: the model", "head or residual_out"]),
+    ],
+)
+def test_bad_redraws(arguments, words):
+    preset, key, *more = (*arguments, KEY)[: max(2, len(arguments))]
+    names = dict(zip(("rules", "layouts", "stacked"), more, strict=False))
+    bad(lambda: redraw(DENSE, preset, key, **names), *words)
+
+
+def test_bad_models():
+    bad(lambda: redraw({}, he_normal(), KEY), "params_or_module", "none")
+    bad(lambda: redraw({"lora_a": jnp.ones((2, 2))}, he_normal(), KEY), "lora_a")
+    bad(lambda: roles_of({"lora_a": jnp.ones((2, 2))}), "roles_of", "lora_a")
+    lone = {"bias": jnp.ones(3)}
+    bad(lambda: redraw(lone, torch_default(), KEY), "torch_default", "'bias'", "kernel")
+    einsum = {"Einsum_0/kernel": jnp.ones((4, 8, 2))}
+    bad(lambda: redraw(einsum, he_normal(), KEY), "layouts", "Einsum_0/kernel", "oio")
+    narrow = {"conv/kernel": jnp.ones((3, 8, 4)), "conv/bias": jnp.ones(4)}
+    bad(
+        lambda: redraw(narrow, delta_orthogonal(), KEY), "delta_orthogonal", "(3, 8, 4)"
+    )

@@ -1,0 +1,267 @@
+"""The signal report and LSUV, in both Flax APIs, against values by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from optclip import _paths
+from optclip.initializers import he_normal, lsuv, redraw, signal_report, zeros
+
+from .models import LAYERS, TEXT, NnxTransformer, Transformer
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (32, 8))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="last")(nn.relu(nn.Dense(16, name="first")(x)))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.last = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(nnx.relu(self.first(x)))
+
+
+def mean_square(y):
+    return jnp.mean(y**2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    tree = redraw(jax.eval_shape(Linen().init, KEY, X), he_normal(), KEY)
+    # A unit of the first layer that no example wakes.
+    return shifted(tree)
+
+
+def by_hand(params):
+    """Activations and cotangents of both layers."""
+    first, last = params["params"]["first"], params["params"]["last"]
+    hidden = X @ first["kernel"] + first["bias"][None]
+    out = nn.relu(hidden) @ last["kernel"] + last["bias"][None]
+    d_out = 2 * out / out.size
+    d_hidden = (d_out @ last["kernel"].T) * (hidden > 0).astype(hidden.dtype)
+    return {"first": (hidden, d_hidden), "last": (out, d_out)}
+
+
+def check(row, arrays):
+    for moments, array in zip((row.forward, row.backward), arrays, strict=True):
+        assert moments.mean == pytest.approx(float(array.mean()), rel=1e-4, abs=1e-7)
+        assert moments.variance == pytest.approx(float(array.var()), rel=1e-4)
+        dead = np.mean((np.asarray(array) == 0).all(0))
+        assert moments.dead == pytest.approx(dead)
+
+
+def as_nnx(params):
+    model = Nnx(nnx.Rngs(0))
+    for name in ("first", "last"):
+        layer = getattr(model, name)
+        layer.kernel = nnx.Param(params["params"][name]["kernel"])
+        layer.bias = nnx.Param(params["params"][name]["bias"])
+    return model
+
+
+@pytest.mark.parametrize("api", ["linen", "linen function", "nnx", "nnx function"])
+def test_moments_are_those_by_hand(api, params):
+    model = as_nnx(params)
+    module, held = {
+        "linen": (Linen(), params),
+        "linen function": (lambda v, x: Linen().apply(v, x), params),
+        "nnx": (model, None),
+        "nnx function": (lambda m, x: m(x), model),
+    }[api]
+    report = signal_report(module, held, X, mean_square)
+    assert [row.layer for row in report.rows] == ["first", "last"]
+    for row in report.rows:
+        check(row, by_hand(params)[row.layer])
+    assert report.rows[0].backward.dead == 1 / 16
+    assert type(model.first) is nnx.Linear
+
+
+def test_the_table_and_the_picture(params, tmp_path):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    report = signal_report(Linen(), params["params"], X, mean_square)
+    lines = str(report).splitlines()
+    assert lines[1].split() == ["layer", *["mean", "variance", "dead"] * 2]
+    assert lines[2].startswith("first") and lines[2].endswith("6%")
+    figure = report.plot()
+    assert isinstance(figure, Figure)
+    figure.savefig(tmp_path / "signal.png")
+    labels = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
+    assert labels == ["first", "last"]
+    own = Figure().subplots(2)
+    assert report.plot(own) is own[0].figure
+
+
+def test_zeros_show_in_the_report(params):
+    dead = redraw(params, zeros(), KEY)
+    report = signal_report(Linen(), dead, X, lambda y: mean_square(y - 1))
+    first, last = report.rows
+    assert first.forward.variance == 0 and last.forward.dead == 1
+    assert first.backward.dead == 1 and last.backward.dead == 0
+    pytest.importorskip("matplotlib")
+    report.plot()
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_each_layer_of_a_scanned_stack_has_a_row(api):
+    if api == "linen":
+        module, held = Transformer(), Transformer().init(KEY, TEXT)
+    else:
+        module, held = NnxTransformer(nnx.Rngs(0)), None
+    report = signal_report(module, held, TEXT, mean_square)
+    rows = {row.layer: row for row in report.rows}
+    for i in range(LAYERS):
+        assert rows[f"blocks/c_proj[{i}]"].backward.variance > 0
+        assert rows[f"blocks/norm_0[{i}]"].forward.variance == pytest.approx(1, abs=0.1)
+    order = [row.layer for row in report.rows]
+    assert order.index("blocks/c_proj[0]") < order.index("blocks/fc[1]")
+    assert rows["token.attend"].backward.variance > 0
+    assert "token" in rows and "position" in rows
+
+
+def test_the_way_back_through_a_scan_is_numbered_as_the_way_there():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8, use_bias=False, name="dense")(x), None
+
+    split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    module = nn.scan(Layer, length=3, **split)()
+    factors = np.array([1.0, 10.0, 100.0], np.float32)
+    kernel = jnp.asarray(factors[:, None, None] * np.eye(8, dtype=np.float32))
+    rows = signal_report(
+        lambda v, x: module.apply(v, x, None)[0],
+        {"params": {"dense": {"kernel": kernel}}},
+        X,
+        lambda y: jnp.sum(y * X),
+    ).rows
+    # There: all factors up to the layer's own. Back: all that come behind it.
+    for row, there, back in zip(rows, (1, 10, 1000), (1000, 100, 1), strict=True):
+        variance = float(X.var())
+        assert row.forward.variance == pytest.approx(there**2 * variance, rel=1e-4)
+        assert row.backward.variance == pytest.approx(back**2 * variance, rel=1e-4)
+
+
+def test_a_layer_that_is_called_often_is_averaged():
+    module = nn.RNN(nn.GRUCell(8))
+    batch = jax.random.normal(KEY, (4, 5, 8))
+    report = signal_report(module, module.init(KEY, batch), batch, mean_square)
+    names = [row.layer for row in report.rows]
+    assert len(names) == len(set(names)) == 6 and not any("[" in n for n in names)
+    # Five steps of an input gate are one product.
+    kernel = module.init(KEY, batch)["params"]["cell"]["in"]["kernel"]
+    row = report.rows[names.index("cell/in")]
+    variance = jnp.var(batch @ kernel)
+    assert row.forward.variance == pytest.approx(float(variance), rel=1e-3)
+
+
+def test_what_does_not_reach_the_loss_has_no_gradient():
+    class Aside(nnx.Module):
+        def __init__(self, rngs):
+            self.used = nnx.Linear(8, 8, rngs=rngs)
+            self.aside = nnx.Linear(8, 8, rngs=rngs)
+
+        def __call__(self, x):
+            jax.lax.stop_gradient(self.aside(x))
+            return self.used(x)
+
+    used, aside = sorted(
+        signal_report(Aside(nnx.Rngs(0)), None, X, mean_square).rows,
+        key=lambda row: row.layer == "aside",
+    )
+    assert np.isnan(aside.backward.variance) and aside.forward.variance > 0
+    assert used.backward.variance > 0
+
+
+def variances(module, held, batch):
+    report = signal_report(module, held, batch, mean_square)
+    return {row.layer: row.forward.variance for row in report.rows}
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(1)])
+def test_lsuv_gives_each_layer_unit_variance(key, params):
+    batch = 7 * X
+    params = redraw(params, he_normal(), KEY)  # without the dead unit
+    new = lsuv(Linen(), batch, params, key=key, tolerance=0.01)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    for layer, variance in variances(Linen(), new, batch).items():
+        assert variance == pytest.approx(1, abs=0.011), layer
+    if key is None:  # directions and biases stay
+        for name, layer in new["params"].items():
+            before = params["params"][name]
+            np.testing.assert_array_equal(layer["bias"], before["bias"])
+            ratio = np.asarray(layer["kernel"] / before["kernel"])
+            np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_lsuv_scales_each_layer_of_a_scanned_stack(api):
+    if api == "linen":
+        module, held = Transformer(), Transformer().init(KEY, TEXT)
+        held = lsuv(module, TEXT, held, tolerance=0.05)
+    else:
+        module, held = NnxTransformer(nnx.Rngs(0)), None
+        assert lsuv(module, TEXT, tolerance=0.05) is None
+    for layer, variance in variances(module, held, TEXT).items():
+        if layer.startswith("blocks") and "norm" not in layer:
+            assert variance == pytest.approx(1, abs=0.06), layer
+
+
+def test_lsuv_keeps_dtypes():
+    dtypes = {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}
+    model = nnx.Linear(8, 8, **dtypes, rngs=nnx.Rngs(0))
+    lsuv(model, 50 * X)
+    assert all(
+        leaf.dtype == jnp.bfloat16 for _, leaf in _paths.leaves(nnx.state(model))
+    )
+    assert float(model(50 * X).var()) == pytest.approx(1, abs=0.1)
+
+
+def shifted(params):
+    """With a bias whose spread alone is too much."""
+    first = params["params"]["first"]
+    first["bias"] = first["bias"].at[3].set(-100.0)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: lsuv(Linen(), X), ["lsuv: model", "Linen"]),
+        (lambda p: lsuv(3, X, p), ["lsuv: model", "int"]),
+        (lambda p: lsuv(Linen(), X, p, tolerance=0.0), ["lsuv: tolerance", "0.0"]),
+        (lambda p: lsuv(Linen(), X, p, max_iterations=0), ["lsuv: max_iterations"]),
+        (lambda p: lsuv(Linen(), 0 * X, p), ["lsuv: every layer", "'first'"]),
+        (
+            lambda p: lsuv(Linen(), X, shifted(p)),
+            ["lsuv: max_iterations", "'first'", "10"],
+        ),
+        (
+            lambda p: lsuv(nn.LayerNorm(), X, {"scale": jnp.ones(8), "bias": X[0]}),
+            ["lsuv: the model must have a kernel", "scale"],
+        ),
+        (
+            lambda p: signal_report(Linen(), None, X, mean_square),
+            ["signal_report: model", "params=None"],
+        ),
+        (
+            lambda p: signal_report(Linen(), p, X, lambda y: y),
+            ["signal_report: loss", "(32, 3)"],
+        ),
+    ],
+)
+def test_bad_input(call, words, params):
+    with pytest.raises(ValueError) as error:
+        call(redraw(params, he_normal(), KEY))
+    for word in words:
+        assert word in str(error.value), error.value
