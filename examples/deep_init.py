@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from optclip import initializers as init
 
+LayerList = getattr(nnx, "List", list)  # a list itself before Flax 0.12
 WIDTH, CLASSES, BATCH = 64, 10, 128
 RATE = 0.003
 CHUNKS = 20  # of a run, one jitted scan each
@@ -39,7 +40,7 @@ class Network(nnx.Module):
     def __init__(self, depth: int, activation: Callable[[jax.Array], jax.Array]):
         rngs = nnx.Rngs(0)
         widths = [64, *[WIDTH] * (depth - 1)]
-        self.layers = nnx.List([nnx.Linear(n, WIDTH, rngs=rngs) for n in widths[:-1]])
+        self.layers = LayerList([nnx.Linear(n, WIDTH, rngs=rngs) for n in widths[:-1]])
         self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
         self.activation = activation
 

@@ -34,6 +34,7 @@ ALPHABET = 128  # ASCII; the few other bytes become the last of them
 CONTEXT, BATCH = 64, 16
 WIDTH, HEADS, LAYERS = 64, 4, 2
 CHUNKS = 10  # of a run, one jitted scan each
+LayerList = getattr(nnx, "List", list)  # a list itself before Flax 0.12
 CHANCE = 0.05  # how far another seed moves the difference between two rules
 
 Guard = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -117,7 +118,7 @@ class Transformer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.token = nnx.Embed(ALPHABET, WIDTH, rngs=rngs)
         self.position = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+        self.blocks = LayerList([Block(rngs) for _ in range(LAYERS)])
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, ALPHABET, use_bias=False, rngs=rngs)
 

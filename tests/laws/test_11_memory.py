@@ -19,6 +19,12 @@ SHAPES = {
 }
 
 
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10),
+    reason="XLA:CPU of jax 0.9 and older writes what it squares to memory",
+)
+
+
 def temporary_share(tx: optax.GradientTransformation, dtype: jnp.dtype) -> float:
     """Temporary bytes of one jitted update, relative to the gradients' bytes."""
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}

@@ -39,7 +39,7 @@ def ones(row=None):
         (np.float32(-0.5), "non-negative, got -0.5."),
         (np.array(np.nan), "non-negative, got nan."),
         (True, "non-negative, got True."),
-        (np.bool_(True), "non-negative, got np.True_."),
+        (np.bool_(True), f"non-negative, got {np.bool_(True)!r}."),
         (1j, "non-negative, got 1j."),
         ("1.0", "a non-negative number, array or schedule, got '1.0'."),
         ([1.0], "a non-negative number, array or schedule, got [1.0]."),
