@@ -46,6 +46,8 @@ from optclip.projections.closing import ProjectState as ProjectState
 from optclip.projections.closing import clip_weights as clip_weights
 from optclip.projections.closing import project as project
 from optclip.projections.closing import project_params as project_params
+from optclip.projections.qk_clip import qk_clip as qk_clip
+from optclip.projections.qk_clip import record_max_logits as record_max_logits
 
 # Numbers, state and selection.
 from optclip._paths import everything as everything

@@ -28,9 +28,9 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
         integer. Static.
 
     Edge cases: the result lies in b as b itself promises. Its distance from a shrinks
-    with the iterations, for most pairs by a constant factor: with 32, `box` and `l2_ball`
-    are met to 1e-5 of their size. What lies in both keeps its bits. Sets that are not
-    convex (`norm_sphere`, `unit_norm`, `orthogonal`) may end elsewhere.
+    with the iterations, for most pairs by a constant factor: with 32, a `box` and an
+    `l2_ball` are both met to 1e-5 of their size. What lies in both keeps its bits. Sets
+    that are not convex (`norm_sphere`, `unit_norm`, `orthogonal`) may end elsewhere.
 
     Raises:
       ValueError: if a or b is not a set, or iterations not a positive integer; at init,
