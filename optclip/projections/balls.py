@@ -265,8 +265,8 @@ def _margin(dtype: Any, wide: Any) -> float:
 
 
 def _radius(rule: str, **named: Any) -> Any:
-    _checks.scalar(rule, **named)
     _checks.non_negative(rule, **named)
+    _checks.scalar(rule, **named)
     return bound_array(rule, **named)
 
 

@@ -77,8 +77,8 @@ def linf_ball(radius: ArrayLike) -> Set:
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), linf_ball(0.5)))
     [-0.5  0.2]
     """
-    radius = bound_array("linf_ball", radius=radius)
     _checks.non_negative("linf_ball", radius=radius)
+    radius = bound_array("linf_ball", radius=radius)
     return _interval("linf_ball", -radius, radius)
 
 
@@ -111,8 +111,8 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
     >>> print(optax.apply_updates(params, updates))
     [ 0.6 -2. ]
     """
-    _checks.scalar("init_box", kappa=kappa)
     _checks.non_negative("init_box", kappa=kappa)
+    _checks.scalar("init_box", kappa=kappa)
 
     def init(param: jax.Array) -> jax.Array:
         axes = _meshes.bound(axis_name)
@@ -120,9 +120,11 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
         return jnp.where(scale > 0, scale, jnp.inf).reshape(1)
 
     def bounds(x: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        reach = jnp.maximum(jnp.asarray(kappa, jnp.float32) * memory[0], 0)
-        # An infinite scale times a kappa of 0 is still no bound.
-        reach = jnp.where(jnp.isinf(memory[0]), jnp.inf, reach)
+        # Infinity, not chosen, would still make 0·inf of a kappa or a cotangent of 0.
+        free = jnp.isinf(memory[0])
+        scale = jnp.where(free, 1, memory[0])
+        reach = jnp.maximum(jnp.asarray(kappa, jnp.float32) * scale, 0)
+        reach = jnp.where(free, jnp.inf, reach)
         upper = _numerics.bound_towards(reach, x.dtype, 0.0)
         return -upper, upper
 

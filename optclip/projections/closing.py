@@ -117,8 +117,8 @@ def clip_weights(
     >>> print(after["kernel"], after["scale"])
     [[0.01  0.001]] [2. 2.]
     """
+    _checks.non_negative("clip_weights", c=c)
     with _checks.inside("clip_weights"):
-        _checks.non_negative("clip_weights", c=c)
         constraint = linf_ball(c)
     chosen = _is_weight if where is None else _chosen("clip_weights", where)
     return _closing("clip_weights", constraint, chosen, every)

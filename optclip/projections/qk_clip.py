@@ -69,8 +69,8 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     >>> print(optax.apply_updates(params, updates)["query"]["kernel"].ravel())
     [0.5 1. ]
     """
-    _checks.scalar("qk_clip", tau=tau)
     _checks.positive("qk_clip", tau=tau)
+    _checks.scalar("qk_clip", tau=tau)
 
     def init(params: optax.Params) -> optax.EmptyState:
         del params

@@ -128,8 +128,8 @@ def simplex(
 
 
 def _bound(rule: str, **named: Any) -> Any:
-    _checks.scalar(rule, **named)
     _checks.non_negative(rule, **named)
+    _checks.scalar(rule, **named)
     return bound_array(rule, **named)
 
 

@@ -76,8 +76,8 @@ def spectral_ball(
     [[2.  0. ]
      [0.  0.5]]
     """
-    _checks.scalar("spectral_ball", radius=radius)
     _checks.positive("spectral_ball", radius=radius)
+    _checks.scalar("spectral_ball", radius=radius)
     _check_iterations("spectral_ball", iterations)
     bound = bound_array("spectral_ball", radius=radius)
 

@@ -421,6 +421,10 @@ PROJECTIONS = [
 ]
 
 
+# One set of each kind, for what compiles slowly.
+SAMPLE_OF_SETS = ("init_box", "max_norm", "norm_sphere", "simplex", "spectral_ball")
+
+
 def projections(**wanted: Any) -> list[Any]:
     """The sets whose fields are as wanted, as pytest parameters."""
     import pytest
