@@ -156,6 +156,6 @@ def _each(
     """Optax's projection of every row on its own."""
     for _ in range(rows.ndim - 1):
         projection = jax.vmap(projection, in_axes=(0, None))
-    # Optax divides by the sum that it is given, and adds integers to floats.
+    # Optax divides by the sum that it is given, and mixes integers and floats.
     with jax.numpy_dtype_promotion("standard"):
-        return projection(rows, jnp.where(goal > 0, goal, 1))
+        return projection(rows, jnp.where(goal > 0, goal, 1)).astype(rows.dtype)
