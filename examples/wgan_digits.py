@@ -52,7 +52,7 @@ CONTENDERS = {
     "clip_weights(0.01)": Contender(optclip.clip_weights(C), 5e-5, 2e-4),
     # Once for each step of the generator, as products of matrices cost more than steps.
     "spectral_ball(1)": Contender(
-        optclip.project(SPECTRAL, "kernel$", every=CRITIC_STEPS), 5e-4, 2e-4
+        optclip.project(SPECTRAL, "kernel$", every=CRITIC_STEPS), 5e-4, 5e-4
     ),
     "no bound": Contender(optax.identity(), 5e-4, 2e-4),
 }

@@ -78,8 +78,8 @@ def linf_ball(radius: ArrayLike) -> Set:
     [-0.5  0.2]
     """
     _checks.non_negative("linf_ball", radius=radius)
-    radius = bound_array("linf_ball", radius=radius)
-    return _interval("linf_ball", -radius, radius)
+    reach = bound_array("linf_ball", radius=radius)
+    return _interval("linf_ball", -reach, reach)
 
 
 def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:

@@ -35,12 +35,15 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
 
         attention = optclip.record_max_logits(nnx.dot_product_attention)
         layer = nnx.MultiHeadAttention(…, attention_fn=attention)   # in the model
-        layer(x, sow_weights=True)                                  # in the loss
-        recorded = nnx.pop(model, nnx.Intermediate)                 # after it
+        layer(x, sow_weights=True)                                  # in its call
+
+        forward = nnx.capture(nnx.Intermediate)(loss)               # for the gradient
+        value, recorded = forward(model)                            # has_aux=True
         optimizer.update(model, grads, max_logits=recorded)
 
-    With Linen, `apply(…, mutable=["intermediates"])` returns the same under
-    "intermediates". A module that was not recorded at a step stays as it is.
+    Older releases of Flax have no `capture`: `nnx.pop(model, nnx.Intermediate)` after
+    the gradient. With Linen, `apply(…, mutable=["intermediates"])` returns the same
+    under "intermediates". A module that was not recorded at a step stays as it is.
 
     Args:
       tau: the largest logit, a positive number.

@@ -238,13 +238,18 @@ def _polar_by_products(w: jax.Array, iterations: int) -> jax.Array:
     w = w / jnp.where(size > 0, size, 1)
     size = _numerics.safe_sqrt(jnp.sum(jnp.square(w), axis=(-2, -1), keepdims=True))
     x = w / jnp.where(size > 0, size, 1)
-    one = jnp.eye(w.shape[-1], dtype=w.dtype)
+    one = _identity(w)
 
     def step(_: Any, x: jax.Array) -> jax.Array:
         gram = _times(x.mT, x)
         return _times(x, (15 * one - 10 * gram + 3 * _times(gram, gram)) / 8)
 
     return jax.lax.fori_loop(0, iterations, step, x)
+
+
+def _identity(w: jax.Array) -> jax.Array:
+    side = w.shape[-1]
+    return jnp.broadcast_to(jnp.eye(side, dtype=w.dtype), (*w.shape[:-2], side, side))
 
 
 def _capped_by_products(w: jax.Array, iterations: int) -> jax.Array:
@@ -255,6 +260,6 @@ def _capped_by_products(w: jax.Array, iterations: int) -> jax.Array:
     """
     if w.shape[-2] < w.shape[-1]:
         return _capped_by_products(w.mT, iterations).mT
-    one = jnp.eye(w.shape[-1], dtype=w.dtype)
+    one = _identity(w)
     above = (one + _polar_by_products(_times(w.mT, w) - one, iterations)) / 2
     return w - _times(w - _polar_by_products(w, iterations), above)

@@ -34,6 +34,13 @@ def spikes(tmp_path_factory):
     return run_, output
 
 
+@pytest.fixture(scope="module")
+def wgan(tmp_path_factory):
+    """A short run of the three critics: its lines and its folder."""
+    output = tmp_path_factory.mktemp("wgan")
+    return run("wgan_digits.py", "--steps", "20", "--output", str(output)), output
+
+
 def rows(lines: list[str]) -> dict[str, str]:
     """The table's rows by rule: what stands between its header and the empty line."""
     (header,) = (n for n, line in enumerate(lines) if line.startswith("rule "))
@@ -115,7 +122,23 @@ def test_what_did_worse_than_the_fixed_norm_is_said(spikes):
     assert "none (+nan)" in worse
 
 
-@pytest.mark.parametrize("example", ["regression", "spikes"])
+def test_critics_keep_their_bounds(wgan):
+    lines, _ = wgan
+    (header,) = (n for n, line in enumerate(lines) if line.startswith("critic "))
+    table = lines[header + 1 : lines.index("", header)]
+    assert [line[:20].strip() for line in table] == [
+        "clip_weights(0.01)",
+        "spectral_ball(1)",
+        "no bound",
+    ]
+    numbers = [[float(word) for word in line[20:].split()] for line in table]
+    assert all(math.isfinite(number) for row in numbers for number in row)
+    (_, slope, largest, *_), (_, spectral_slope, *_), (_, free_slope, *_) = numbers
+    assert largest <= 0.01 and slope < 1.5
+    assert spectral_slope <= 1.01 < free_slope
+
+
+@pytest.mark.parametrize("example", ["regression", "spikes", "wgan"])
 def test_the_last_line_names_the_picture(example, request):
     lines, output = request.getfixturevalue(example)
     (picture,) = output.iterdir()

@@ -30,7 +30,10 @@ PAIRS = {
     ),
     "nonnegative": (sets.nonnegative(), oracle.box(X, 0, np.inf)),
     "linf_ball": (sets.linf_ball(0.7), oracle.box(X, -0.7, 0.7)),
-    "init_box": (sets.init_box(0.5), oracle.box(X, *(np.abs(X).max() * [-0.5, 0.5]))),
+    "init_box": (
+        sets.init_box(0.5),
+        oracle.box(X, *(np.abs(X).max() * np.array([-0.5, 0.5]))),
+    ),
     "l2_ball": (sets.l2_ball(1.5), oracle.l2_ball(X, 1.5)),
     "l2_ball units": (
         sets.l2_ball(1.5, grouping=UNITS),
@@ -92,7 +95,7 @@ def by_scipy(constraints, bounds):
         bounds=bounds,
         constraints=constraints,
         method="SLSQP",
-        options={"ftol": 1e-14, "maxiter": 500},
+        options={"ftol": 1e-10, "maxiter": 500},
     )
     assert found.success
     return found.x.reshape(X.shape)

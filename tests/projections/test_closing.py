@@ -23,9 +23,9 @@ def model():
 
 def after(tx, params, steps=1):
     """The parameters after some steps of no update."""
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(steps):
-        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
         params = optax.apply_updates(params, updates)
     return params
 
@@ -47,7 +47,7 @@ EVERY = {"dense/kernel", "dense/bias", "norm/scale", "norm/bias"}
         (optclip.everything, EVERY),
         ("^dense/", {"dense/kernel", "dense/bias"}),
         (lambda path, leaf: leaf.ndim == 2, {"dense/kernel"}),
-        ({"dense": True, "norm": {"scale": True, "bias": False}}, EVERY - {"norm/bias"}),
+        ({"dense": True, "norm": False}, {"dense/kernel", "dense/bias"}),
     ],
     ids=["none", "everything", "pattern", "predicate", "tree"],
 )  # fmt: skip
@@ -208,7 +208,7 @@ def test_convolutions_and_stacked_layers_are_matrices(iterations):
     rng = np.random.default_rng(0)
     params = {
         "conv": {"kernel": 5 * rng.standard_normal((3, 3, 2, 4)), "bias": np.ones(4)},
-        "stack": {"kernel": 5 * rng.standard_normal((2, 3, 6)), "bias": np.ones((2, 6))},
+        "stack": {"kernel": 5 * rng.normal(size=(2, 3, 6)), "bias": np.ones((2, 6))},
         "small": {"kernel": 0.01 * rng.standard_normal((2, 3)), "bias": np.zeros(3)},
     }  # fmt: skip
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
