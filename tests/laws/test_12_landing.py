@@ -179,7 +179,7 @@ def drawn(seed, dtype, wide, scale):
 
 @pytest.mark.parametrize(("dtype", "wide"), [*PAIRS[1:3], PAIRS[4]])
 @pytest.mark.parametrize("row", projections(lands="ball") + projections(lands="near"))
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.floats(0.01, 100).map(np.float32),
@@ -221,9 +221,9 @@ def test_norms_and_sums(row, dtype, wide, seed, size, power):
         assert np.all(np.abs(x - want) <= slack), (path, index)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, *HALVES], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", [jnp.float32, HALVES[0]], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("row", projections(lands="iterative"))
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**32 - 1), size=st.floats(0.1, 10).map(np.float32))
 def test_iterative_sets(row, dtype, seed, size):
     """Within what they state, and half precision to 2 of its own ulp."""
@@ -245,11 +245,11 @@ def test_iterative_sets(row, dtype, seed, size):
             assert np.all(s <= size * (1 + slack))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, *HALVES], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", [jnp.float32, HALVES[0]], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("row", projections())
 def test_from_outside_two_steps_are_enough(row, dtype):
-    if row.name == "init_box":
-        pytest.skip("it is where the parameter starts, so nothing starts outside")
+    if row.name == "init_box" or row.lands == "iterative":
+        pytest.skip("nothing starts outside it, or its test above starts outside")
     step, _ = _step_of(row.name)
     params, updates = drawn(3, dtype, dtype, 0.0)
     params = {k: (100 * x).astype(dtype) for k, x in params.items()}
@@ -259,9 +259,8 @@ def test_from_outside_two_steps_are_enough(row, dtype):
     constraint, shapes = row.make(size), SHAPES
     for path, x in params.items():
         extent = constraint.extent(path, x, shapes)
-        if row.lands != "iterative":
-            seen = constraint.measure(x, extent)
-            assert jnp.all(constraint.contains(x, seen, None)), path
+        seen = constraint.measure(x, extent)
+        assert jnp.all(constraint.contains(x, seen, None)), path
 
 
 @pytest.mark.parametrize("row", projections())
@@ -271,14 +270,12 @@ def test_inside_updates_keep_their_bits(row):
         pytest.skip(
             "a step on a sphere or of a matrix by products always does a little"
         )
-    step, _ = _step_of(row.name)
     params = {k: jnp.full(s, 0.01) for k, s in SHAPES.items()}
     updates = {k: jnp.full(s, 1.2345e-4) for k, s in SHAPES.items()}
     tx = optclip.project(row.make(np.float32(10.0)))
-    out, _ = tx.update(updates, tx.init(params), params)
+    out, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     for path, u in updates.items():
         np.testing.assert_array_equal(out[path], u)
-    assert callable(step)
 
 
 def test_a_bound_that_does_not_exist_is_rounded_inward():
