@@ -5,7 +5,7 @@ weights to [-c, c] after every step; a bound on every layer's largest singular v
 the sharper tool; and without either the critic's ratings grow without end. Three runs
 see the same 8×8 digits of scikit-learn, in the same order, from the same start, with
 RMSProp and five critic steps for each generator step; they differ only in what closes
-the critic's chain, and in the learning rate that goes with it. The program prints a
+the critic's chain, and in the learning rates that go with it. The program prints a
 table, and draws samples over the training, the critic's estimate of the Wasserstein
 distance, and the critic's weights.
 """
