@@ -55,6 +55,9 @@ def test_the_measure_of_memory_sees_a_copy():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("row", projections(fuses=True))
 def test_projections_keep_no_temporary_copy(row: Constraint, dtype: jnp.dtype):
+    if row.points != "element" and not hasattr(jax, "set_mesh"):
+        # Squares of the sum: one float32 copy for bfloat16, 2 % for float32.
+        pytest.skip("XLA:CPU of jax 0.7.0 does not fuse a sum into its reduction")
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
     tx = optclip.project(row.make(1.0))
     state = jax.eval_shape(tx.init, grads)
