@@ -1,7 +1,8 @@
 """optclip: bounds on magnitudes for JAX, as Optax gradient transformations.
 
 Grouped by concept, like the README: rules with a given limit, rules that set their own,
-the parts that rules are made of, per-example sums, numbers and state, first values.
+the parts that rules are made of, per-example sums, projections, numbers and state,
+first values.
 """
 
 # Rules with a fixed or scheduled limit.
@@ -40,7 +41,17 @@ from optclip.clipping.per_example import (
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
 
+# Parameters that stay where they must.
+from optclip import sets as sets
+from optclip.projections.closing import ProjectState as ProjectState
+from optclip.projections.closing import clip_weights as clip_weights
+from optclip.projections.closing import project as project
+from optclip.projections.closing import project_params as project_params
+from optclip.projections.qk_clip import qk_clip as qk_clip
+from optclip.projections.qk_clip import record_max_logits as record_max_logits
+
 # Numbers, state and selection.
+from optclip._paths import everything as everything
 from optclip._paths import mask as mask
 from optclip.clipping.metrics import ClipMetrics as ClipMetrics
 from optclip.clipping.metrics import SkipMetrics as SkipMetrics

@@ -75,7 +75,7 @@ def mask(where: Where) -> Callable[[Any], Any]:
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
         chosen = [selects(spell(keys), value) for keys, value in flat]
         if flat and not any(chosen):
-            paths = _some([spell(keys) for keys, _ in flat])
+            paths = some([spell(keys) for keys, _ in flat])
             raise ValueError(f"mask: where={where!r} selects no leaf of {paths}.")
         return jax.tree_util.tree_unflatten(treedef, chosen)
 
@@ -115,7 +115,7 @@ def prefix_lookup(
             if not prefix:
                 raise ValueError(
                     f"{rule}: {name} must cover every leaf, got none for {path!r} "
-                    f"(it has {_some(list(values))})."
+                    f"(it has {some(list(values))})."
                 )
             prefix = prefix.rpartition("/")[0]
         return values[prefix]
@@ -131,7 +131,18 @@ def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     return default
 
 
-def _some(paths: list[str]) -> str:
+def everything(path: str, leaf: Any) -> bool:
+    """A `where` that selects every leaf.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> optclip.mask(optclip.everything)({"kernel": jnp.ones(2), "bias": jnp.ones(2)})
+    {'bias': True, 'kernel': True}
+    """
+    return True
+
+
+def some(paths: list[str]) -> str:
+    """The first few paths, for a message."""
     shown = ", ".join(repr(path) for path in paths[:5])
     return shown + (f", … ({len(paths)} leaves)" if len(paths) > 5 else "")
 

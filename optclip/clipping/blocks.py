@@ -64,7 +64,7 @@ def gather(rule: str, tree: Any, grouping: Grouping, axis_name: Any) -> Gathered
     by_label: dict[str, list[Member]] = {}
     for index, path, leaf in named:
         axes = grouping.axes(path, leaf.shape, shapes)
-        mesh = _mesh_axes(rule, grouping, path, leaf, given_axes(path))
+        mesh = mesh_axes(rule, grouping, path, leaf, given_axes(path))
         label = path if grouping.label is None else grouping.label(path)
         by_label.setdefault(label, []).append(Member(index, path, leaf, axes, mesh))
 
@@ -82,9 +82,10 @@ def gather(rule: str, tree: Any, grouping: Grouping, axis_name: Any) -> Gathered
     )
 
 
-def _mesh_axes(
+def mesh_axes(
     rule: str, grouping: Grouping, path: str, leaf: jax.Array, given: Any
 ) -> tuple[Hashable, ...]:
+    """The mesh axes that groups of a leaf extend over; `given` by the user, or None."""
     if grouping.sums is False:
         return ()
     if given is not None:

@@ -52,6 +52,11 @@ def _all_axes(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> tuple[int
     return tuple(range(len(shape)))
 
 
+def own_path(path: str) -> str:
+    """The label of a leaf that is a group by itself."""
+    return path
+
+
 def whole() -> Grouping:
     """The whole tree is one group: the global norm.
 
@@ -73,7 +78,7 @@ def per_leaf() -> Grouping:
     >>> print(updates["a"], updates["b"])
     [1.] [0.5]
     """
-    return Grouping(_all_axes, lambda path: path, named=True)
+    return Grouping(_all_axes, own_path, named=True)
 
 
 def per_label(labels: Callable[[str], str] | Any) -> Grouping:
@@ -175,19 +180,14 @@ def per_unit(
 
     rule = _checks.caller("per_unit")
 
-    def stack_of(path: str) -> int | None:
-        if isinstance(stacked, str):
-            return 1 if re.search(stacked, path) else None
-        return None if stacked is None else int(stacked)
-
     def reduced(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Shape:
         if isinstance(axes, Mapping):
             chosen = _paths.first_match(axes, path, None)
         else:
             chosen = axes
         if chosen is not None:
-            return _in_range(rule, path, shape, chosen)
-        layout = _layouts.layout(path, shapes, stacked=stack_of(path))
+            return in_range(rule, "axes", path, shape, chosen)
+        layout = _layouts.layout(path, shapes, stacked=stack_of(stacked, path))
         return layout.unit_axes(shape)
 
     return Grouping(reduced, None, sums=None)
@@ -207,13 +207,23 @@ def per_element() -> Grouping:
     return Grouping(lambda path, shape, shapes: (), None, sums=False)
 
 
-def _in_range(rule: str, path: str, shape: Shape, axes: int | tuple[int, ...]) -> Shape:
+def stack_of(stacked: bool | int | str | None, path: str) -> int | None:
+    """How many leading axes of a leaf count independent layers; None to find out."""
+    if isinstance(stacked, str):
+        return 1 if re.search(stacked, path) else None
+    return None if stacked is None else int(stacked)
+
+
+def in_range(
+    rule: str, name: str, path: str, shape: Shape, axes: int | tuple[int, ...]
+) -> Shape:
+    """The axes as sorted non-negative numbers; raises if a leaf lacks one."""
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = len(shape)
     for axis in axes:
         if not -rank <= axis < rank:
             raise ValueError(
-                f"{rule}: axes must exist in every leaf, got {axis} for {path!r} of "
+                f"{rule}: {name} must exist in every leaf, got {axis} for {path!r} of "
                 f"shape {shape}."
             )
     return tuple(sorted({axis % rank for axis in axes}))

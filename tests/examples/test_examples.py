@@ -42,6 +42,13 @@ def deep_init(tmp_path_factory):
     return run("deep_init.py", *options), output
 
 
+@pytest.fixture(scope="module")
+def wgan(tmp_path_factory):
+    """A short run of the three critics: its lines and its folder."""
+    output = tmp_path_factory.mktemp("wgan")
+    return run("wgan_digits.py", "--steps", "20", "--output", str(output)), output
+
+
 def rows(lines: list[str], of: str = "rule", width: int = 32) -> dict[str, str]:
     """The table's rows by name: what stands between its header and the empty line."""
     (header,) = (n for n, line in enumerate(lines) if line.startswith(f"{of} "))
@@ -50,7 +57,12 @@ def rows(lines: list[str], of: str = "rule", width: int = 32) -> dict[str, str]:
 
 
 def test_every_example_is_tested():
-    tested = {"deep_init.py", "regression.py", "transformer_spikes.py"}
+    tested = {
+        "deep_init.py",
+        "regression.py",
+        "transformer_spikes.py",
+        "wgan_digits.py",
+    }
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -142,7 +154,23 @@ def test_the_signal_keeps_its_size_or_halves_and_zeros_stay_equal(deep_init):
     assert units["zeros, 2 layers"] == 1 and units["Xavier, 2 layers"] == 64
 
 
-@pytest.mark.parametrize("example", ["regression", "spikes", "deep_init"])
+def test_critics_keep_their_bounds(wgan):
+    lines, _ = wgan
+    (header,) = (n for n, line in enumerate(lines) if line.startswith("critic "))
+    table = lines[header + 1 : lines.index("", header)]
+    assert [line[:20].strip() for line in table] == [
+        "clip_weights(0.01)",
+        "spectral_ball(1)",
+        "no bound",
+    ]
+    numbers = [[float(word) for word in line[20:].split()] for line in table]
+    assert all(math.isfinite(number) for row in numbers for number in row)
+    (_, slope, largest, *_), (_, spectral_slope, *_), (_, free_slope, *_) = numbers
+    assert largest <= 0.01 and slope < 1.5
+    assert spectral_slope <= 1.01 < free_slope
+
+
+@pytest.mark.parametrize("example", ["regression", "spikes", "deep_init", "wgan"])
 def test_the_last_line_names_the_picture(example, request):
     lines, output = request.getfixturevalue(example)
     (picture,) = output.iterdir()

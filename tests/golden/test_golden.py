@@ -70,6 +70,15 @@ CLAMPING = {
     ),
 }
 
+# Keras divides by the norm plus 1e-7, which the tolerance allows for.
+CONSTRAINTS = {
+    "MaxNorm": optclip.sets.max_norm,
+    "UnitNorm": optclip.sets.unit_norm,
+    "MinMaxNorm": optclip.sets.norm_range,
+    "NonNeg": optclip.sets.nonnegative,
+}
+KERAS_EPSILON = 1e-7
+
 FOLDER = pathlib.Path(__file__).parent
 CASES = [
     pytest.param(case, id=f"{library}: {case['name']}")
@@ -134,8 +143,26 @@ def test_measures_as_the_other_library(case):
     np.testing.assert_allclose(size, np.float32(case["norm"]), rtol=rtol(case), atol=0)
 
 
+@pytest.mark.parametrize("case", of(CONSTRAINTS))
+def test_constrains_as_keras(case):
+    arguments = dict(case["arguments"])
+    if "axis" in arguments:
+        arguments["axis"] = tuple(arguments["axis"])
+    params = tree(case["inputs"])
+    for path, x in params.items():  # a norm by hand, as small norms count 1e-7 for more
+        norms = np.sqrt(np.sum(np.square(x), arguments.get("axis"), keepdims=True))
+        least = np.min(norms[norms > 0], initial=1.0)
+        constrained = optclip.project_params(
+            {path: x}, CONSTRAINTS[case["function"]](**arguments)
+        )
+        want = jnp.asarray(case["outputs"][path], jnp.float32)
+        slack = 1e-6 + 2 * KERAS_EPSILON / float(least)
+        np.testing.assert_allclose(constrained[path], want, rtol=slack, atol=0)
+
+
 def test_every_case_is_compared():
-    assert len(of(RESCALING)) + len(of(CLAMPING)) == len(CASES)
+    compared = len(of(RESCALING)) + len(of(CLAMPING)) + len(of(CONSTRAINTS))
+    assert compared == len(CASES)
 
 
 @pytest.mark.parametrize(

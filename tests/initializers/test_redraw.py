@@ -39,6 +39,7 @@ from optclip.initializers import (
     zeros,
 )
 from optclip.initializers import nnx as nnx_door
+from tests.laws.trees import on_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KEY = jax.random.key(3)
@@ -225,11 +226,7 @@ def test_explicit_shardings_are_kept_under_jit(mesh):
     )
     split = NamedSharding(explicit, PartitionSpec(None, "model"))
     tree = {"kernel": jax.device_put(jnp.ones((16, 32)), split)}
-    with (
-        jax.sharding.use_mesh(explicit)
-        if not hasattr(jax, "set_mesh")
-        else (jax.set_mesh(explicit))
-    ):
+    with on_mesh(explicit):
         new = jax.jit(lambda t: redraw(t, normal(1.0), KEY))(tree)["kernel"]
     assert new.sharding.spec == split.spec
 

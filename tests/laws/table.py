@@ -302,3 +302,178 @@ def rows(*kinds: str) -> list[Any]:
     import pytest
 
     return [pytest.param(row, id=row.name) for row in ROWS if row.kind in kinds]
+
+
+class Constraint(NamedTuple):
+    """One set, whose laws differ from those of clips: it sees parameters.
+
+    Attributes:
+      name: unique, the test's id.
+      make: size (number, array or tracer) to the set.
+      public: the public name whose row this is.
+      argument: the name of its size in messages.
+      points: what lies in the set or not: "element", "unit", "leaf" or "matrix".
+      lands: "inside" (exactly), "ball" (never outside, near the nearest point),
+        "near" (sums and norms within 4 ulp) or "iterative" (within `tolerance`).
+      tolerance: how far outside an iterative set may land, relatively.
+      complex: whether it takes complex leaves, or the reason not.
+      fuses: whether it needs no copy of a leaf, or the reason not.
+      mapped: whether it works inside `shard_map`, or the reason not.
+    """
+
+    name: str
+    make: Callable[[Any], optclip.sets.Set]
+    public: str
+    argument: str | None
+    points: str
+    lands: str
+    tolerance: float = 0.0
+    complex: bool | str = True
+    fuses: bool | str = True
+    mapped: bool | str = True
+
+
+ORDER = "of complex numbers none is larger than another"
+SORTS = "it sorts"
+FACTORISES = "it factorises matrices"
+WHOLE = "points in parts cannot be joined by a sum"
+sets = optclip.sets
+
+PROJECTIONS = [
+    Constraint(
+        "box",
+        lambda size: sets.box(-size, size),
+        "box",
+        None,
+        "element",
+        "inside",
+        complex=ORDER,
+    ),
+    Constraint(
+        "nonnegative",
+        lambda size: sets.nonnegative(),
+        "nonnegative",
+        None,
+        "element",
+        "inside",
+        complex=ORDER,
+    ),
+    Constraint(
+        "linf_ball",
+        sets.linf_ball,
+        "linf_ball",
+        "radius",
+        "element",
+        "inside",
+        complex=ORDER,
+    ),
+    Constraint(
+        "init_box",
+        sets.init_box,
+        "init_box",
+        "kappa",
+        "element",
+        "inside",
+        complex=ORDER,
+    ),
+    Constraint("l2_ball", sets.l2_ball, "l2_ball", "radius", "leaf", "ball"),
+    Constraint("max_norm", sets.max_norm, "max_norm", "max_value", "unit", "ball"),
+    Constraint(
+        "l1_ball",
+        sets.l1_ball,
+        "l1_ball",
+        "radius",
+        "leaf",
+        "ball",
+        complex=ORDER,
+        fuses=SORTS,
+        mapped=WHOLE,
+    ),
+    Constraint(
+        "norm_sphere", sets.norm_sphere, "norm_sphere", "radius", "leaf", "near"
+    ),
+    Constraint(
+        "unit_norm", lambda size: sets.unit_norm(), "unit_norm", None, "unit", "near"
+    ),
+    Constraint(
+        "norm_range",
+        lambda size: sets.norm_range(size / 2, size),
+        "norm_range",
+        None,
+        "unit",
+        "near",
+    ),
+    Constraint(
+        "simplex",
+        lambda size: sets.simplex(size, grouping=groupings.per_unit()),
+        "simplex",
+        None,
+        "unit",
+        "near",
+        complex=ORDER,
+        fuses=SORTS,
+        mapped=WHOLE,
+    ),
+    Constraint(
+        "spectral_ball",
+        sets.spectral_ball,
+        "spectral_ball",
+        None,
+        "matrix",
+        "iterative",
+        1e-6,
+        complex=ORDER,
+        fuses=FACTORISES,
+        mapped=WHOLE,
+    ),
+    Constraint(
+        "spectral_ball-products",
+        lambda size: sets.spectral_ball(size, iterations=24),
+        "spectral_ball",
+        None,
+        "matrix",
+        "iterative",
+        1e-4,
+        complex=ORDER,
+        fuses=FACTORISES,
+        mapped=WHOLE,
+    ),
+    Constraint(
+        "orthogonal",
+        lambda size: sets.orthogonal(),
+        "orthogonal",
+        None,
+        "matrix",
+        "iterative",
+        1e-6,
+        complex=ORDER,
+        fuses=FACTORISES,
+        mapped=WHOLE,
+    ),
+    Constraint(
+        "intersection",
+        lambda size: sets.intersection(sets.l2_ball(size), sets.linf_ball(size / 2)),
+        "intersection",
+        None,
+        "leaf",
+        "iterative",
+        1e-5,
+        complex=ORDER,
+        fuses="it remembers two more arrays",
+    ),
+]
+
+
+# One set of each kind, for what compiles slowly.
+SAMPLE_OF_SETS = ("init_box", "max_norm", "norm_sphere", "simplex", "spectral_ball")
+
+
+def projections(**wanted: Any) -> list[Any]:
+    """The sets whose fields are as wanted, as pytest parameters."""
+    import pytest
+
+    return [
+        pytest.param(row, id=row.name)
+        for row in PROJECTIONS
+        if all(getattr(row, field) == value for field, value in wanted.items())
+    ]

@@ -18,7 +18,7 @@ from flax import nnx
 import optclip
 from optclip import groupings, thresholds
 from optclip.clipping.thresholds import Threshold
-from tests.laws.table import ROWS, rows
+from tests.laws.table import ROWS, SAMPLE_OF_SETS, projections, rows
 from tests.laws.trees import on_mesh
 
 EVERY = pytest.mark.parametrize(
@@ -436,3 +436,30 @@ def test_the_state_lives_in_a_sharded_nnx_optimizer(grouping, axes):
         leaves = jax.device_get(jax.tree.leaves(optimizer.opt_state))
     state = tx.update(ones, None)[1]
     chex.assert_trees_all_close(leaves, jax.tree.leaves(state), rtol=1e-6)
+
+
+# Projections.
+
+
+@pytest.mark.parametrize("params", TREES, indirect=True)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("row", [p for p in projections() if p.id in SAMPLE_OF_SETS])
+def test_types_of_projections_are_fixed_at_init(row, every, params):
+    if every == 3 and row.name != "init_box":
+        pytest.skip("the counter is the same")
+    tx = optclip.project(row.make(1.0), every=every)
+    start = jax.eval_shape(tx.init, params)
+    update = jax.eval_shape(tx.update, params, start, params)
+    assert types(start) == types(update[1]) and types(params) == types(update[0])
+    assert start == jax.eval_shape(lambda: tx.init(params))
+    assert jax.tree.structure(start) == jax.tree.structure(tx.init({}))
+    assert_own_buffers(tx.init(params), params)
+    assert all(leaf.size for leaf in jax.tree.leaves(tx.init({})))
+
+
+def test_orbax_gives_the_state_of_projections_back(tmp_path):
+    tx = optclip.project(optclip.sets.init_box(2.0), every=2)
+    state = tx.update(tree(1), tx.init(tree()), tree())[1]
+    restored = saved_and_restored(tmp_path / "state", state)
+    chex.assert_trees_all_equal(restored, state)
+    assert restored.steps == 1 and restored.memory.shape == (3,)

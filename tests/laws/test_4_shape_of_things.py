@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+import optclip
 from tests.laws import trees
-from tests.laws.table import rows
+from tests.laws.table import SAMPLE_OF_SETS, projections, rows
 from tests.laws.trees import Case, combinations
 
 EVERY = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
@@ -177,3 +178,28 @@ def test_sharding(row, jitted):
     out, _ = (jax.jit(tx.update) if jitted else tx.update)(tree, None, tree)
     for path, x in tree.items():
         assert out[path].sharding.is_equivalent_to(x.sharding, x.ndim), path
+
+
+@pytest.mark.parametrize("row", projections())
+def test_projections(row):
+    """Half precision stays, and what has no magnitude passes."""
+    if row.name not in SAMPLE_OF_SETS:
+        pytest.skip("as one of the others")
+    rest = without_magnitude()
+    params = {
+        "a": {"kernel": jnp.ones((4, 3), jnp.bfloat16), "bias": jnp.ones(3)},
+        "b": {"kernel": jnp.ones((2, 5), jnp.float16), "temperature": jnp.ones(())},
+        "rest": rest,
+    }
+    tx = optclip.project(row.make(0.5))
+    state = tx.init(params)
+    out, after = jax.jit(tx.update)(params, state, params)
+    assert_same(out["rest"], rest)
+    assert jax.tree.structure(out) == jax.tree.structure(params)
+    for part in ("a", "b"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(out[part], params[part])
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    for tree in ({}, None, {"a": {}, "b": None}, optax.MaskedNode()):
+        assert_same(
+            tx.update(tree, tx.init(tree), tree if tree is not None else {})[0], tree
+        )

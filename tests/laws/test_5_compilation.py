@@ -18,7 +18,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import optclip
-from tests.laws.table import ROWS, rows
+from tests.laws.table import ROWS, SAMPLE_OF_SETS, projections, rows
 from tests.laws.trees import on_mesh
 
 EVERY = pytest.mark.parametrize(
@@ -422,3 +422,100 @@ def test_nnx_optimizer(row, sharded):
     assert_within_ulps(values, negative(want))
     if row.has_metrics is True:
         assert optclip.metrics(optimizer.opt_state)["0/steps"] == 2 - sharded
+
+
+SETS = pytest.mark.parametrize(
+    "row", [p for p in projections() if p.id in SAMPLE_OF_SETS]
+)
+
+
+@functools.cache
+def projected(name):
+    """The set, its transform, and what it gives after the third step of the stream."""
+    (row,) = (p.values[0] for p in projections(name=name))
+    tx = optclip.project(row.make(0.75))
+    return tx, jax.jit(tx.update)(STREAM[2], tx.init(PARAMS), PARAMS)[0]
+
+
+@SETS
+def test_projections_jitted_equal_eager(row):
+    tx, want = projected(row.name)
+    if (
+        row.points == "matrix"
+        or "l1" in row.name
+        or row.name in ("simplex", "intersection")
+    ):
+        pytest.skip("LAPACK and loops: the same code, slow to compile piece by piece")
+    out, _ = tx.update(STREAM[2], None, PARAMS)
+    assert_within_ulps(out, want)
+
+
+@SETS
+def test_projections_compile_once_and_scan(row):
+    """One trace, a scan's carry, and a radius that is traced and mapped over."""
+    tx, want = projected(row.name)
+    chex.clear_trace_counter()
+    traced = jax.jit(chex.assert_max_traces(lambda u, s: tx.update(u, s, PARAMS), n=1))
+    state = tx.init(PARAMS)
+    for updates in STREAM:
+        traced.lower(updates, state)
+    scanned = jax.jit(
+        lambda: jax.lax.scan(
+            lambda s, u: tx.update(u, s, PARAMS)[::-1], state, STACKED
+        )[1]
+    )()
+    assert_within_ulps(step(scanned, 2), want)
+
+    def sized(size):
+        own = optclip.project(row.make(size))
+        return own.update(STREAM[2], own.init(PARAMS), PARAMS)[0]
+
+    outs = jax.jit(jax.vmap(sized))(jnp.array([0.25, 0.75]))
+    # Half precision that comes from other last digits of a matrix differs by its ulp.
+    assert_within_ulps(step(outs, 1), want, ulps=64 if row.points == "matrix" else 2)
+
+
+@SETS
+def test_projections_in_wrappers(row):
+    """masked, named_chain, inject_hyperparams of the sets' own argument, MultiSteps."""
+    tx, want = projected(row.name)
+    update = jax.jit(
+        lambda tx, u: tx.update(u, tx.init(PARAMS), PARAMS)[0], static_argnums=0
+    )
+    masked = optax.masked(tx, {"alpha": True, "beta": False})
+    out = update(masked, STREAM[2])
+    assert_within_ulps(out["alpha"], want["alpha"])
+    chex.assert_trees_all_equal(out["beta"], STREAM[2]["beta"])
+    chained = optax.named_chain(("sign", optax.scale(-1.0)), ("set", tx))
+    assert_within_ulps(update(chained, negative(STREAM[2])), want)
+    with optax_needs_promotion():
+        multi = optax.MultiSteps(tx, every_k_schedule=2)
+        micro = jax.jit(multi.update)
+        waiting, state = micro(STREAM[2], multi.init(PARAMS), PARAMS)
+        out, _ = micro(STREAM[2], state, PARAMS)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(waiting))
+    assert_within_ulps(out, want)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one device", "sharded"])
+def test_projections_in_nnx_and_linen(sharded):
+    axis = "data" if sharded else None
+    if sharded and jax.device_count() < 2:
+        pytest.skip("one device only")
+    mesh = contextlib.nullcontext()
+    if sharded:
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
+    tx = optax.chain(optax.scale(-1.0), optclip.project(optclip.sets.max_norm(0.5)))
+    with mesh:
+        model = Net(jax.tree.map(jnp.copy, PARAMS), axis)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        update = nnx.jit(lambda m, o, g: o.update(m, g) and None, donate_argnums=(0, 1))
+        update(model, optimizer, nnx.state(Net(STREAM[2], axis)))
+        values = jax.device_get(model.values())
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    state = jax.jit(lambda s, g: s.apply_gradients(grads=g))(state, STREAM[2])
+    assert_within_ulps(values, state.params)
+    for leaf in jax.tree.leaves(values):
+        norms = np.sqrt(np.sum(leaf.astype(np.float64) ** 2, axis=0))
+        assert np.all(norms <= 0.5) and np.all(norms > 0.45)

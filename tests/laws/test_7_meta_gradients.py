@@ -9,12 +9,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import optclip
 from tests.laws import trees
-from tests.laws.table import ROWS, rows
+from tests.laws.table import ROWS, SAMPLE_OF_SETS, projections, rows
 from tests.laws.trees import combinations
 
 
@@ -141,3 +143,41 @@ def test_right(row, magnitude):
         by_difference = (value(step) - value(-step)) / (2 * step)
         by_rule = jax.grad(value)(np.float64(0.0))
         np.testing.assert_allclose(by_rule, by_difference, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "row", [p for p in projections() if p.id in (*SAMPLE_OF_SETS, "orthogonal")]
+)
+def test_projections(row):
+    """With respect to parameters, updates and size, at zero and at equal values too."""
+    orthogonal = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(params, updates, size):
+        tx = optclip.project(row.make(size))
+        updates, _ = tx.update(updates, tx.init(params), params)
+        return jnp.sum(jnp.sin(optax.apply_updates(params, updates)))
+
+    zero, ones = jnp.zeros((4, 4)), jnp.ones((4, 4))
+    repeated = jnp.asarray(orthogonal, jnp.float32)
+    starts = [(zero, zero), (ones, zero), (repeated, repeated), (zero, 1e3 * ones)]
+    for params, updates in starts:
+        for size in (0.5, 30.0):
+            got = gradient(params, updates, jnp.float32(size))
+            assert all(np.all(np.isfinite(x)) for x in got), (size, got)
+
+
+def test_the_derivative_of_a_capped_matrix():
+    """Against differences, at singular values below and above the bound."""
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((5, 3)), jnp.float32)
+    d = jnp.asarray(np.random.default_rng(2).standard_normal((5, 3)), jnp.float32)
+    for constraint in (optclip.sets.spectral_ball(1.5), optclip.sets.orthogonal()):
+        for m, t in ((w, d), (w.T, d.T)):
+            f = functools.partial(optclip.project_params, constraint=constraint)
+            _, tangent = jax.jvp(lambda x, f=f: f({"w": x})["w"], (m,), (t,))
+            h = 1e-2
+            ends = (
+                np.asarray(f({"w": m + s * h * t})["w"], np.float64) for s in (1, -1)
+            )
+            np.testing.assert_allclose(tangent, np.subtract(*ends) / (2 * h), atol=2e-3)

@@ -15,9 +15,9 @@ import optax
 import pytest
 
 import optclip
-from optclip import actions, groupings, measures, thresholds
+from optclip import actions, groupings, measures, sets, thresholds
 from tests.laws import trees
-from tests.laws.table import ROWS, rows
+from tests.laws.table import PROJECTIONS, ROWS, projections, rows
 
 NAMED = [p for p in rows("clip", "elementwise", "wrapper") if p.values[0].argument]
 LIMITED = rows("clip", "elementwise")
@@ -241,6 +241,95 @@ FACTORIES = {
         lambda: jax.jit(lambda tree: optclip.leaf_norms(tree, top=1))(ones()),
         "leaf_norms: top must be None inside jit",
     ),
+    # sets and projections
+    "box-crossed": (
+        lambda: sets.box(1.0, -1.0),
+        "box: lower must not be above upper, got 1.0 and -1.0.",
+    ),
+    "box-array-crossed": (
+        lambda: sets.box(np.zeros(2), np.array([1.0, -1.0])),
+        "box: lower must not be above upper",
+    ),
+    "box-nan": (
+        lambda: sets.box(float("nan"), 1.0),
+        "box: lower must be a number and not NaN, got nan.",
+    ),
+    "box-none": (
+        lambda: sets.box(None, 1.0),
+        "box: lower must be a number and not NaN, got None.",
+    ),
+    "norm_range-crossed": (
+        lambda: sets.norm_range(2.0, 1.0),
+        "norm_range: min_value must not be above max_value, got 2.0 and 1.0.",
+    ),
+    "norm_range-negative": (
+        lambda: sets.norm_range(-1.0, 1.0),
+        "norm_range: min_value must be non-negative, got -1.0.",
+    ),
+    "norm_range-rate": (
+        lambda: sets.norm_range(rate=1.5),
+        "norm_range: rate must be in [0, 1], got 1.5.",
+    ),
+    "spectral_ball-zero": (
+        lambda: sets.spectral_ball(0.0),
+        "spectral_ball: radius must be positive, got 0.0.",
+    ),
+    "spectral_ball-iterations": (
+        lambda: sets.spectral_ball(iterations=0),
+        "spectral_ball: iterations must be an integer of at least 1, got 0.",
+    ),
+    "orthogonal-iterations": (
+        lambda: sets.orthogonal(iterations=True),
+        "orthogonal: iterations must be an integer of at least 1, got True.",
+    ),
+    "simplex-zero": (
+        lambda: sets.simplex(0.0),
+        "simplex: total must be positive, got 0.0.",
+    ),
+    "ball-grouping": (
+        lambda: sets.l2_ball(grouping=groupings.whole()),
+        "l2_ball: grouping must lie within leaves",
+    ),
+    "simplex-grouping": (
+        lambda: sets.simplex(grouping=groupings.per_example()),
+        "simplex: grouping must lie within leaves",
+    ),
+    "intersection": (
+        lambda: sets.intersection(sets.nonnegative(), 1.0),
+        "intersection: b must be a Set of optclip, got 1.0.",
+    ),
+    "intersection-iterations": (
+        lambda: sets.intersection(sets.nonnegative(), sets.l2_ball(), iterations=0),
+        "intersection: iterations must be an integer of at least 1, got 0.",
+    ),
+    "project-number": (
+        lambda: optclip.project(1.0),
+        "project: constraint must be a Set of optclip or a tree of them, got 1.0.",
+    ),
+    "project-function": (
+        lambda: optclip.project(sets.nonnegative),
+        "project: constraint must be a Set of optclip or a tree of them, got <func",
+    ),
+    "project-tree": (
+        lambda: optclip.project({"a": sets.nonnegative(), "b": 1.0}),
+        "project: constraint must be a Set of optclip or a tree of them, got {",
+    ),
+    "project-every": (
+        lambda: optclip.project(sets.nonnegative(), every=0),
+        "project: every must be an integer of at least 1, got 0.",
+    ),
+    "clip_weights-negative": (
+        lambda: optclip.clip_weights(-0.01),
+        "clip_weights: c must be non-negative, got -0.01.",
+    ),
+    "clip_weights-string": (
+        lambda: optclip.clip_weights("0.01"),
+        "clip_weights: c must be non-negative, got '0.01'.",
+    ),
+    "qk_clip-zero": (
+        lambda: optclip.qk_clip(0.0),
+        "qk_clip: tau must be positive, got 0.0.",
+    ),
     "mask": (
         lambda: optclip.mask("kernle$")(ones()),
         "mask: where='kernle$' selects no leaf of 'a/bias', 'a/kernel'",
@@ -364,6 +453,85 @@ MISMATCHED = {
 }
 
 
+def projecting(constraint, where=None, tree=NESTED):
+    return optclip.project(constraint, where).init(tree)
+
+
+COMPLEX = {"a": {"w": np.ones(2, np.complex64)}}
+MISMATCHED |= {
+    "project-params": (
+        lambda: optclip.project(sets.nonnegative()).update(NESTED, None),
+        "project: params must be given to update, got None.",
+    ),
+    "clip_weights-params": (
+        lambda: optclip.clip_weights().update(NESTED, None),
+        "clip_weights: params must be given to update, got None.",
+    ),
+    "project-where": (
+        lambda: projecting(sets.nonnegative(), "kernle$"),
+        "project: where must select a leaf, got none of 'a/w', 'b/w'.",
+    ),
+    "project_params-where": (
+        lambda: optclip.project_params(NESTED, sets.nonnegative(), where=False),
+        "project_params: where must select a leaf, got none of 'a/w', 'b/w'.",
+    ),
+    "project-uncovered": (
+        lambda: projecting({"a": sets.nonnegative()}),
+        "project: constraint must cover every leaf, got none for 'b/w' (it has 'a').",
+    ),
+    "max_norm-axis": (
+        lambda: projecting(sets.max_norm(axis=1)),
+        "max_norm: axis must exist in every leaf, got 1 for 'a/w' of shape (2,).",
+    ),
+    "unit_norm-axis": (
+        lambda: projecting(sets.unit_norm(axis=(0, -3)), "^b/"),
+        "unit_norm: axis must exist in every leaf, got -3 for 'b/w' of shape (2, 3).",
+    ),
+    "box-shape": (
+        lambda: projecting(sets.box(np.zeros(3), 1.0)),
+        "box: lower must broadcast against every leaf, got shape (3,) for 'a/w' of ",
+    ),
+    "box-empty": (
+        lambda: projecting(sets.box(0.1, 0.1)),
+        "box: lower and upper must have a float32 between them, got 0.1 and 0.1 for ",
+    ),
+    **{
+        f"complex-{row.name}": (
+            lambda row=row: projecting(row.make(1.0), tree=COMPLEX),
+            f"{row.public}: parameters must be real, got complex ones at 'a/w'.",
+        )
+        for row in PROJECTIONS
+        if row.complex is not True and row.name not in ("box", "intersection")
+    },
+    "complex-box": (
+        lambda: projecting(sets.box(0.0, 1.0), tree=COMPLEX),
+        "box: parameters must be real, got complex ones at 'a/w'.",
+    ),
+    "qk_clip-argument": (
+        lambda: optclip.qk_clip().update(NESTED, None, NESTED),
+        "qk_clip: max_logits must be given to update, got None; call update(",
+    ),
+    "qk_clip-params": (
+        lambda: optclip.qk_clip().update(NESTED, None, max_logits={}),
+        "qk_clip: params must be given to update, got None.",
+    ),
+    "qk_clip-module": (
+        lambda: optclip.qk_clip().update(
+            NESTED, None, NESTED, max_logits={"a": np.ones(2)}
+        ),
+        "qk_clip: max_logits must name attention modules, got 'a', which has no ",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", [p for p in projections() if p.values[0].argument])
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), True, "1.0", None, 1j])
+def test_sizes_of_sets(row, bad):
+    says = re.escape(f"{row.public}: {row.argument} must be ")
+    with pytest.raises(ValueError, match=f"^{says}.*got {re.escape(repr(bad)[:3])}"):
+        row.make(bad)
+
+
 @pytest.mark.parametrize("name", MISMATCHED)
 def test_parts_on_a_tree(name):
     """What only the tree can tell comes at init, or at update, and names the leaf."""
@@ -388,4 +556,8 @@ def test_every_public_transform_is_a_row():
         in str(getattr(value, "__annotations__", {}).get("return"))
     }
     assert made >= {"clip_by", "clip_by_norm", "skip_step"}
-    assert made == {row.public for row in ROWS}
+    # Of `project` and its kin the sets are the rows; the doors have tests of their own.
+    doors = {"project", "clip_weights", "qk_clip"}
+    assert made == {row.public for row in ROWS} | doors
+    chosen = {name for name, value in vars(sets).items() if callable(value)} - {"Set"}
+    assert chosen == {row.public for row in PROJECTIONS}

@@ -19,9 +19,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optclip
-from optclip import groupings, measures, thresholds
+from optclip import groupings, measures, sets, thresholds
 from optclip.clipping.thresholds import Threshold
-from tests.laws.table import rows
+from tests.laws.table import SAMPLE_OF_SETS, projections, rows
 from tests.laws.trees import on_mesh
 
 ROWS = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
@@ -793,3 +793,88 @@ def test_state_without_sums_in_a_joint_grouping():
     expected, kept = jax.jit(jax.vmap(_scanned(plain)))(x)
     chex.assert_trees_all_close(clipped, expected, rtol=1e-6)
     chex.assert_trees_all_close(state.threshold, kept.threshold[:, 0], rtol=1e-6)
+
+
+# Projections.
+
+SET_SPECS = {"a": {"bias": P("model"), "kernel": P("data", "model")},
+             "b": {"kernel": P(None, "data"), "scale": P()}}  # fmt: skip
+
+
+def _parameters():
+    params = {part: _tree()[part] for part in SET_SPECS}
+    return params, jax.tree.map(lambda x: -0.3 * x[::-1], params)
+
+
+def _projected(constraint):
+    tx = optclip.project(constraint)
+
+    def step(params, updates):
+        updates, _ = tx.update(updates, tx.init(params), params)
+        return jax.tree.map(jnp.add, params, updates)
+
+    return step
+
+
+@functools.cache
+def _unsharded_set(name):
+    (row,) = (param.values[0] for param in projections(name=name))
+    return jax.jit(_projected(row.make(LIMIT)))(*_parameters())
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("row", projections())
+def test_projections_jitted_on_a_mesh(row, axis_type):
+    if axis_type == AxisType.Explicit and row.fuses is not True:
+        pytest.skip(f"{row.fuses}, which JAX does on Auto axes only")
+    if row.name not in (*SAMPLE_OF_SETS, "l2_ball", "norm_range"):
+        pytest.skip("as one of the others")
+    mesh = _mesh(axis_type=axis_type)
+    arguments = (_placed(tree, SET_SPECS, mesh) for tree in _parameters())
+    with on_mesh(mesh):
+        out = jax.jit(_projected(row.make(LIMIT)))(*arguments)
+    chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
+
+    def same_sharding(path, one, spec):
+        assert one.sharding.is_equivalent_to(NamedSharding(mesh, spec), one.ndim), path
+
+    if row.fuses is True:
+        jax.tree_util.tree_map_with_path(same_sharding, out, SET_SPECS)
+
+
+@pytest.mark.parametrize(
+    "row", [p for p in projections(mapped=True) if p.values[0].points != "unit"]
+)
+def test_projections_in_shard_map(row):
+    """Norms of leaves are summed over the axes that each leaf varies over."""
+    step = _projected(row.make(LIMIT))
+    mapped = _manual(step, (SET_SPECS, SET_SPECS), SET_SPECS, (4, 2))
+    out = mapped(*_parameters())
+    chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [sets.max_norm, sets.norm_range, sets.unit_norm])
+def test_units_in_shard_map_extend_over_the_axes_that_the_user_names(make):
+    """Rows split over `data`: a column's norm is summed over it; and without a name?"""
+    # Two rows a device: of one row, a unit would be all of it.
+    params, updates = {"kernel": _normal(16, 8)}, {"kernel": -_normal(16, 8)[::-1]}
+    want = jax.jit(_projected(make()))(params, updates)
+    for spec, name in ((P("data"), "data"), (P(None, "data"), ())):
+        step = _projected(make(axis_name=name))
+        shape = (4,) if name == () else (8,)
+        out = _manual(step, (spec, spec), spec, shape)(params, updates)
+        chex.assert_trees_all_close(out, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"axis_name must say .* got None for 'kernel'"
+    ):
+        _manual(_projected(make()), (P("data"), P("data")), P("data"))(params, updates)
+
+
+@pytest.mark.parametrize(
+    "row", projections(mapped="points in parts cannot be joined by a sum")
+)
+def test_sets_that_need_whole_leaves_say_so_in_shard_map(row):
+    step = _projected(row.make(LIMIT))
+    with pytest.raises(ValueError, match=r"must be whole on each device, got 'kernel'"):
+        params = {"kernel": _normal(8, 8)}
+        _manual(step, (P("data"), P("data")), P("data"))(params, params)

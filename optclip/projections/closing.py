@@ -1,0 +1,299 @@
+"""The doors: `project` ends a chain, `project_params` changes parameters at once.
+
+    y = what apply_updates would give,  q = nearest point to y,  u ← the way from p to q
+
+A leaf is found by its path, in the updates, the parameters and the constraint alike, so
+that trees which name their leaves differently at `init` and `update` are the same here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optclip import _checks, _layouts, _numerics, _paths
+from optclip.clipping.groupings import Shape
+from optclip.clipping.thresholds.base import one_more
+from optclip.projections.base import Set
+from optclip.projections.boxes import linf_ball
+from optclip.projections.landing import applied, landing, settled, wide_sum
+
+Chosen = Callable[[str, Any, Mapping[str, Shape]], bool]
+WEIGHTS = ("kernel", "embedding", "w")
+
+
+class ProjectState(NamedTuple):
+    """The state of `project`.
+
+    Attributes:
+      steps: how many there were, int32; () with `every=1`.
+      memory: what sets remember of the start, one vector; () for sets without memory.
+    """
+
+    steps: Any
+    memory: Any
+
+
+def project(
+    constraint: Set | Any, where: _paths.Where | None = None, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps parameters in a set: the last transform of a chain.
+
+        u ← P(p + u) - p
+
+    such that `optax.apply_updates(params, updates)` lies in the set as the parameters'
+    dtype represents it, for parameters inside and updates of their dtype or a wider
+    one, eager and jitted; from outside after at most two steps.
+
+    It must be the last: what follows changes the updates again, and a transform cannot
+    see what follows it. `optax.chain(optax.adam(1e-3), project(sets.box(-1, 1)))` is
+    right; so is `optax.MultiSteps` around that chain.
+
+    Args:
+      constraint: one of `optclip.sets`, or a tree of them that may be a prefix of the
+        parameters.
+      where: which leaves: a regular expression searched in the "/"-joined path, a
+        predicate `(path, leaf) -> bool`, or a tree of booleans that may be a prefix of
+        the parameters; None for all. Static (static_args).
+      every: projects at every so many-th step, a positive integer; the steps between
+        pass. Static (static_args).
+
+    Returns:
+      A gradient transformation with state `ProjectState`. Leaves outside `where`, None,
+      MaskedNode, integers and keys pass untouched; an update of zero is projected like
+      any other. Inside the set updates keep their bits.
+
+    Edge cases: NaN stays NaN, for its whole group if the set has groups; infinity goes
+    to a bound, and makes a group NaN.
+
+    Raises:
+      ValueError: if constraint is no set, or every is not a positive integer; at init,
+        if `where` selects nothing in a tree that has leaves, or a set does not fit a
+        leaf; at update, if params are missing.
+
+    >>> import jax.numpy as jnp, optax, optclip
+    >>> tx = optax.chain(optax.sgd(1.0), project(optclip.sets.nonnegative()))
+    >>> params = jnp.array([0.1, 2.0])
+    >>> updates, _ = tx.update(jnp.array([1.0, 1.0]), tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates))
+    [0. 1.]
+    """
+    return _closing("project", constraint, _chosen("project", where), every)
+
+
+def clip_weights(
+    c: ArrayLike = 0.01, where: _paths.Where | None = None, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """WGAN weight clipping: keeps weights in [-c, c], after the step.
+
+        w ← clip(w + u, -c, c)
+
+    The last transform of the critic's chain: `optax.chain(optax.rmsprop(5e-5),
+    clip_weights(0.01))`. So the critic that the generator meets is clipped, as in the
+    paper; code that clips before the step leaves it unclipped.
+
+    Args:
+      c: the largest magnitude of a weight, a non-negative number.
+      where: as in `project`. None takes weights: leaves named kernel, embedding or w,
+        a `weight` or any other leaf of at least two axes beside those of stacked
+        layers, and never a scale or bias. Clipping a batch norm's scale to 0.01 all
+        but turns it off. `where=optclip.everything` clips all, as the authors' code
+        did.
+      every: as in `project`.
+
+    Edge cases, errors and state: as for `project` with `sets.linf_ball(c)`.
+
+    Reference: Arjovsky, Chintala, Bottou 2017, arXiv 1701.07875.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"kernel": jnp.array([[0.005, 0.002]]), "scale": jnp.ones(2)}
+    >>> tx = clip_weights(0.01)
+    >>> updates = {"kernel": jnp.array([[0.5, -0.001]]), "scale": jnp.ones(2)}
+    >>> updates, _ = tx.update(updates, tx.init(params), params)
+    >>> after = optax.apply_updates(params, updates)
+    >>> print(after["kernel"], after["scale"])
+    [[0.01  0.001]] [2. 2.]
+    """
+    _checks.non_negative("clip_weights", c=c)
+    with _checks.inside("clip_weights"):
+        constraint = linf_ball(c)
+    chosen = _is_weight if where is None else _chosen("clip_weights", where)
+    return _closing("clip_weights", constraint, chosen, every)
+
+
+def project_params(
+    params: Any, constraint: Set | Any, where: _paths.Where | None = None
+) -> Any:
+    """The nearest parameters in a set: for the start, or after `apply_updates`.
+
+    Args:
+      params: a tree (dicts, FrozenDict, `nnx.State`, an Equinox module, …), of which a
+        new one is returned; or an `nnx.Module`, whose parameters are changed in place.
+      constraint, where: as in `project`.
+
+    Returns:
+      The tree with its dtypes and structure, or the same module.
+
+    Raises:
+      ValueError: if constraint is no set, does not fit a leaf, or `where` selects
+        nothing in a tree that has leaves.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> print(project_params({"w": jnp.array([-1.0, 3.0])}, optclip.sets.box(0.0, 2.0)))
+    {'w': Array([0., 2.], dtype=float32)}
+    """
+    rule = "project_params"
+    set_of = _sets(rule, constraint)
+    if _is_nnx_module(params):
+        from flax import nnx
+
+        held = nnx.state(params, nnx.Param)
+        nnx.update(params, project_params(held, constraint, where))
+        return params
+    places = _places(rule, params, set_of, _chosen(rule, where))
+    flat, treedef = jax.tree_util.tree_flatten(params)
+    for place in places:
+        memory = None if place.set.init is None else place.set.init(place.leaf)
+        flat[place.index] = place.set.nearest(place.leaf, place.extent, memory)
+    return jax.tree_util.tree_unflatten(treedef, flat)
+
+
+class _Place(NamedTuple):
+    """A leaf that is projected: where it is in the tree, on what, over which axes."""
+
+    index: int
+    path: str
+    leaf: jax.Array
+    set: Set
+    extent: Any
+
+
+def _closing(
+    rule: str, constraint: Any, chosen: Chosen, every: int
+) -> optax.GradientTransformationExtraArgs:
+    set_of = _sets(rule, constraint)
+    _checks.at_least(rule, 1, every=every)
+
+    def init(params: optax.Params) -> ProjectState:
+        kept = [
+            place.set.init(place.leaf)
+            for place in _places(rule, params, set_of, chosen)
+            if place.set.init is not None
+        ]
+        memory: Any = ()
+        if _remembers(constraint):  # of an empty tree as well
+            memory = jnp.concatenate(kept) if kept else jnp.zeros((1,), jnp.float32)
+        return ProjectState(jnp.zeros((), jnp.int32) if every > 1 else (), memory)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ProjectState]:
+        del extra_args
+        if params is None:
+            raise ValueError(f"{rule}: params must be given to update, got None.")
+        state = init(params) if state is None else state
+        if every == 1:
+            return projected(updates, state.memory, params), state
+        steps = one_more(state.steps)
+        updates = jax.lax.cond(
+            steps % every == 0,
+            lambda: projected(updates, state.memory, params),
+            lambda: updates,
+        )
+        return updates, ProjectState(steps, state.memory)
+
+    def projected(updates: Any, memory: Any, params: Any) -> Any:
+        flat, treedef = jax.tree_util.tree_flatten(updates)
+        found = {
+            path: number for number, (path, _) in enumerate(_paths.leaves(updates))
+        }
+        start = 0
+        for place in _places(rule, params, set_of, chosen):
+            own = None
+            if place.set.init is not None:
+                width = jax.eval_shape(place.set.init, place.leaf).size
+                own, start = memory[start : start + width], start + width
+            number = found.get(place.path)
+            if number is None or not _numerics.is_measured(flat[number]):
+                continue
+            p, u = place.leaf, jnp.asarray(flat[number])
+            # Summed once more behind a barrier, so that XLA does not write the sum to
+            # memory to share it between the measuring and the landing.
+            seen = place.set.measure(
+                wide_sum(*jax.lax.optimization_barrier((p, u))), place.extent
+            )
+            u = settled(u)
+            y = applied(p, u)
+            flat[number] = landing(p, u, y, place.set.project(y, seen, own))
+        return jax.tree_util.tree_unflatten(treedef, flat)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _places(
+    rule: str, params: Any, set_of: Callable[[str], Set], chosen: Chosen
+) -> list[_Place]:
+    leaves = [
+        (index, path, jnp.asarray(value))
+        for index, (path, value) in enumerate(_paths.leaves(params))
+        if _numerics.is_measured(value)
+    ]
+    shapes = {path: leaf.shape for _, path, leaf in leaves}
+    kept = [entry for entry in leaves if chosen(*entry[1:], shapes)]
+    if leaves and not kept:
+        paths = _paths.some(list(shapes))
+        raise ValueError(f"{rule}: where must select a leaf, got none of {paths}.")
+    places = []
+    for index, path, leaf in kept:
+        own = set_of(path)
+        places.append(_Place(index, path, leaf, own, own.extent(path, leaf, shapes)))
+    return places
+
+
+def _sets(rule: str, constraint: Any) -> Callable[[str], Set]:
+    """The set of each path."""
+    if isinstance(constraint, Set):
+        return lambda path: constraint
+    leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
+    if not leaves or isinstance(constraint, tuple) or not all(map(_is_set, leaves)):
+        raise ValueError(
+            f"{rule}: constraint must be a Set of optclip or a tree of them, got "
+            f"{constraint!r}."
+        )
+    return _paths.prefix_lookup(rule, "constraint", constraint, is_leaf=_is_set)
+
+
+def _remembers(constraint: Any) -> bool:
+    leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
+    return any(leaf.init is not None for leaf in leaves)
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, Set)
+
+
+def _chosen(rule: str, where: Any) -> Chosen:
+    if where is None:
+        return lambda path, leaf, shapes: True
+    selects = _paths.selector(rule, where)
+    return lambda path, leaf, shapes: selects(path, leaf)
+
+
+def _is_weight(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a leaf is a kernel or embedding: it has outputs, or such a name."""
+    name = path.rpartition("/")[2]
+    return name in WEIGHTS or bool(_layouts.layout(path, shapes).outputs)
+
+
+def _is_nnx_module(params: Any) -> bool:
+    # Nobody who has a module has not imported flax.
+    return any(
+        base.__module__.startswith("flax.nnx") and base.__name__ == "Module"
+        for base in type(params).__mro__
+    )

@@ -1,0 +1,88 @@
+"""Landing: updates that `optax.apply_updates` turns into exactly what was meant.
+
+    apply(p, u) = round_P(p + u), the sum in the wider of both dtypes
+
+The plain way, u = target - p, misses: the difference is rounded, then the sum, and p
+may end one spacing outside its set (in half of all cases where |p| is far larger than
+the bound, or the parameters are bfloat16). So the sum is predicted with the very
+arithmetic that `apply_updates` uses, and an update that would miss is moved to its next
+representable neighbour, in the direction in which the projection went. One step is
+enough: the update is off by at most half of its own spacing, and rounding never passes
+a number that the parameters' dtype can represent.
+
+Compiled code may compute p + a·b with one rounding (a fused multiply-add), or keep more
+digits of a bfloat16 than it has. `settled` and `_numerics.fitted` forbid both, so that
+eager and jitted code land on the same numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optclip import _numerics
+
+
+def wide_sum(p: jax.Array, u: jax.Array) -> jax.Array:
+    """The sum before it is rounded to the parameter's dtype.
+
+    In the wider of both dtypes, or in float32, whose double rounding does no harm.
+    """
+    wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
+    return p.astype(wide) + u.astype(wide)
+
+
+def applied(p: jax.Array, u: jax.Array) -> jax.Array:
+    """What `optax.apply_updates` makes of one parameter, in its dtype.
+
+    A finite sum beyond the range of float16 is its largest number here, not infinity:
+    what follows projects it.
+    """
+    if jnp.iscomplexobj(p):
+        return jax.lax.complex(applied(p.real, u.real), applied(p.imag, u.imag))
+    return _numerics.rounded(wide_sum(p, u), p.dtype).astype(p.dtype)
+
+
+def settled(u: jax.Array) -> jax.Array:
+    """The update as it is in memory, whatever it is fused with."""
+    if jnp.iscomplexobj(u):
+        return jax.lax.complex(settled(u.real), settled(u.imag))
+    if jnp.finfo(u.dtype).bits < 32:
+        return _numerics.rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
+    # A product that ends in a clamp cannot melt into the sum that follows.
+    largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
+    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
+
+
+def landing(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
+    """The update, in u's dtype, that takes p to the target instead of y.
+
+    Elements that are at the target anyway keep their update; the others come to the
+    target or beyond it, as seen from y, by the least step that there is.
+    """
+    if jnp.iscomplexobj(p):
+        return jax.lax.complex(
+            landing(p.real, u.real, y.real, target.real),
+            landing(p.imag, u.imag, y.imag, target.imag),
+        )
+    wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
+    start, y, goal = p.astype(wide), y.astype(wide), target.astype(wide)
+
+    def reached(step: jax.Array) -> jax.Array:
+        return _numerics.rounded(start + step, p.dtype)
+
+    # A difference too large for one update takes two.
+    info = jnp.finfo(u.dtype)
+    difference = jnp.clip(goal - start, float(info.min), float(info.max))
+    step, upward = _numerics.rounded(difference, u.dtype), goal > y
+    at = reached(step)
+    short = jnp.where(upward, at < goal, at > goal)
+    step = jnp.where(short, _numerics.neighbour(step, u.dtype, upward), step)
+    # Where the target is finer than p's own spacing, a step may lead far beyond it. If
+    # zero is nearer and on the way, it can be reached from everywhere; and it is within
+    # any convex set that p and target are in, or that shrinks its points towards zero.
+    at, side = reached(step), jnp.sign(goal)
+    passes_zero = (side * jnp.sign(start) < 0) | (side * jnp.sign(at) < 0)
+    far = jnp.abs(at - goal) > jnp.abs(goal)
+    to_zero = _numerics.rounded(-start, u.dtype)
+    step = jnp.where(passes_zero & far, to_zero, step)
+    return jnp.where(goal == y, u, step.astype(u.dtype))

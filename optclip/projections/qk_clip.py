@@ -1,0 +1,243 @@
+"""QK-clip: attention heads whose logits grew too large shrink, after the step.
+
+    γ_h = min(1, tau / S_h),  S_h the largest logit q·k/√d of head h in the batch
+    W_q, W_k of head h ← √γ_h W_q, √γ_h W_k
+
+`record_max_logits` finds S_h where attention is computed; `qk_clip` closes the chain.
+With grouped queries a key head serves several query heads: it takes the smallest γ of
+its group, and its query heads make up for the rest, so that every head's logits shrink
+by its own γ and heads within tau stay as they are.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optclip import _checks, _numerics, _paths
+from optclip.projections.landing import applied, landing, settled
+
+NAME = "max_logits"
+
+
+def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
+    """MuonClip's rule: bounds attention logits by rescaling queries and keys.
+
+        S_h > tau:  W_q, W_k of head h ← √(tau / S_h) · W_q, √(tau / S_h) · W_k
+
+    The last transform of a chain, whatever the optimizer. `update` needs the extra
+    argument `max_logits`: the largest logit of each head, by attention module. Flax's
+    `MultiHeadAttention` (Linen and NNX, grouped queries too) records it:
+
+        attention = optclip.record_max_logits(nnx.dot_product_attention)
+        layer = nnx.MultiHeadAttention(…, attention_fn=attention)   # in the model
+        layer(x, sow_weights=True)                                  # in its call
+
+        forward = nnx.capture(nnx.Intermediate)(loss)               # for the gradient
+        value, recorded = forward(model)                            # has_aux=True
+        optimizer.update(model, grads, max_logits=recorded)
+
+    Older releases of Flax have no `capture`: `nnx.pop(model, nnx.Intermediate)` after
+    the gradient. With Linen, `apply(…, mutable=["intermediates"])` returns the same
+    under "intermediates". A module that was not recorded at a step stays as it is.
+
+    Args:
+      tau: the largest logit, a positive number.
+
+    Returns:
+      A gradient transformation without state. `max_logits` may be a flat dict from
+      module path to an array of shape (heads,), or (layers, heads) for stacked layers,
+      or a tree as recorded.
+
+    Edge cases: kernels (…, features, heads, head_dim) and biases of the projections
+    `query` and `key` are scaled. A logit that is not finite changes nothing. Heads
+    within tau keep the bits of their updates.
+
+    Raises:
+      ValueError: if tau is not positive; at update, if max_logits or params are
+        missing, a path has no `query` and `key`, the numbers of heads differ, or
+        queries and keys are normalised (whose norm the kernels do not decide).
+
+    Reference: Kimi Team 2025, arXiv 2507.20534.
+
+    >>> import jax.numpy as jnp, optax, optclip
+    >>> params = {name: {"kernel": jnp.ones((1, 2, 1))} for name in ("query", "key")}
+    >>> zeros = {name: {"kernel": jnp.zeros((1, 2, 1))} for name in ("query", "key")}
+    >>> tx, logits = qk_clip(100.0), {"": jnp.array([400.0, 50.0])}
+    >>> updates, _ = tx.update(zeros, tx.init(params), params, max_logits=logits)
+    >>> print(optax.apply_updates(params, updates)["query"]["kernel"].ravel())
+    [0.5 1. ]
+    """
+    _checks.positive("qk_clip", tau=tau)
+    _checks.scalar("qk_clip", tau=tau)
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        max_logits: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        if params is None:
+            raise ValueError("qk_clip: params must be given to update, got None.")
+        if max_logits is None:
+            raise ValueError(
+                "qk_clip: max_logits must be given to update, got None; call "
+                "update(updates, state, params, max_logits=...)."
+            )
+        flat, treedef = jax.tree_util.tree_flatten(updates)
+        index = {path: n for n, (path, _) in enumerate(_paths.leaves(updates))}
+        values = {path: value for path, value in _paths.leaves(params)}
+        factors: dict[str, jax.Array] = {}
+        for path, largest in _paths.leaves(max_logits):
+            factors |= _factors(_module(path), jnp.asarray(largest), values, tau)
+        for path, factor in factors.items():
+            # A frozen parameter has no update, or MaskedNode for one.
+            if path in index and path in values:
+                number, p = index[path], jnp.asarray(values[path])
+                flat[number] = _rescaled(p, jnp.asarray(flat[number]), factor)
+        moved = jax.tree_util.tree_unflatten(treedef, flat)
+        return moved, optax.EmptyState() if state is None else state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def record_max_logits(attention_fn: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Flax's attention that also records the largest logit of each head.
+
+        S_h = max over batch, queries i and keys j of q_i·k_j / √d
+
+    Args:
+      attention_fn: `flax.linen.dot_product_attention`, or NNX's.
+
+    Returns:
+      A function for the `attention_fn` of Flax's attention modules. Where they are
+      called with `sow_weights=True` it records "max_logits", float32 of shape (heads,),
+      in the collection "intermediates" (Linen) or as `nnx.Intermediate`: the maximum
+      over all calls since it was last taken out. Attention weights are not recorded.
+
+    Edge cases: masked pairs do not count, a head that sees none has -inf. Logits are
+    computed once more, in float32 and without gradient. On several devices under
+    `shard_map`, take the maximum over the data axis before `qk_clip`.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> attention = record_max_logits(nn.dot_product_attention)
+    >>> layer = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attention)
+    >>> x = jnp.ones((1, 3, 4))
+    >>> params = {"params": layer.init(jax.random.key(0), x)["params"]}
+    >>> _, seen = layer.apply(params, x, sow_weights=True, mutable=["intermediates"])
+    >>> print(seen["intermediates"]["max_logits"].shape)
+    (2,)
+    """
+
+    @functools.wraps(attention_fn)
+    def attention(
+        query: jax.Array, key: jax.Array, value: jax.Array, *args: Any, **options: Any
+    ) -> jax.Array:
+        module = options.pop("module", None)
+        if module is not None:
+            mask, causal = options.get("mask"), options.get("is_causal", False)
+            _record(module, _largest_logits(query, key, mask, causal))
+        return attention_fn(query, key, value, *args, **options)
+
+    return attention
+
+
+def _record(module: Any, largest: jax.Array) -> None:
+    from flax import linen, nnx
+
+    kind: Any = (
+        "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
+    )
+    module.sow(
+        kind,
+        NAME,
+        largest,
+        init_fn=lambda: jnp.full_like(largest, -jnp.inf),
+        reduce_fn=jnp.maximum,
+    )
+
+
+def _largest_logits(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, causal: bool
+) -> jax.Array:
+    """Of (…, length, heads, depth) arrays; the keys may have fewer heads."""
+    query, key = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (query, key))
+    heads, key_heads = query.shape[-2], key.shape[-2]
+    key = jnp.repeat(key, heads // key_heads, axis=-2)
+    logits = jnp.einsum("...qhd,...khd->...hqk", query, key)
+    logits = logits / jnp.sqrt(jnp.float32(query.shape[-1]))
+    seen = jnp.ones((1,) * logits.ndim, bool)
+    if mask is not None:
+        mask = jnp.asarray(mask).astype(bool)
+        seen = seen & jax.lax.expand_dims(mask, range(logits.ndim - mask.ndim))
+    if causal:
+        triangle = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        seen = seen & jax.lax.expand_dims(triangle, range(logits.ndim - 2))
+    others = [axis for axis in range(logits.ndim) if axis != logits.ndim - 3]
+    return jnp.max(jnp.where(seen, logits, -jnp.inf), axis=others)
+
+
+def _module(path: str) -> str:
+    """The path of the attention module, of a key or of a recorded leaf."""
+    path = path.removeprefix("intermediates/")
+    return "" if path == NAME else path.removesuffix(f"/{NAME}")
+
+
+def _factors(
+    module: str, largest: jax.Array, values: dict[str, Any], tau: Any
+) -> dict[str, jax.Array]:
+    """What to multiply the projections of one attention module by."""
+    inside = f"{module}/" if module else ""
+    for name in ("query", "key"):
+        if f"{inside}{name}/kernel" not in values:
+            raise ValueError(
+                f"qk_clip: max_logits must name attention modules, got {module!r}, "
+                f"which has no parameter {name}/kernel."
+            )
+    if f"{inside}query_ln/scale" in values:
+        raise ValueError(
+            f"qk_clip: queries and keys must not be normalised, got {module!r} with "
+            "normalize_qk, whose logits the kernels do not decide."
+        )
+    heads, key_heads = (
+        jnp.shape(values[f"{inside}{name}/kernel"])[-2] for name in ("query", "key")
+    )
+    if largest.ndim == 0 or largest.shape[-1] != heads:
+        raise ValueError(
+            f"qk_clip: max_logits must have one number a head, got shape "
+            f"{largest.shape} for {heads} heads at {module!r}."
+        )
+    largest = largest.astype(jnp.float32)
+    over = jnp.isfinite(largest) & (largest > tau)
+    own = jnp.where(over, tau / jnp.where(over, largest, 1), 1)
+    groups = own.reshape(*own.shape[:-1], key_heads, heads // key_heads)
+    of_key = jnp.sqrt(jnp.min(groups, axis=-1))
+    of_query = own / jnp.repeat(of_key, heads // key_heads, axis=-1)
+    return {
+        f"{inside}{name}/{leaf}": factor
+        for name, factor in (("query", of_query), ("key", of_key))
+        for leaf in ("kernel", "bias")
+    }
+
+
+def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
+    """Updates that take p to (p + u) times the factor of each head."""
+    u = settled(u)
+    y = applied(p, u)
+    stack, between = factor.shape[:-1], p.ndim - factor.ndim - 1
+    factor = factor.reshape(*stack, *(1,) * between, factor.shape[-1], 1)
+    wide = _numerics.wide_dtype(p.dtype)
+    moved = y.astype(wide) * factor.astype(wide)
+    moved = _numerics.rounded(moved, p.dtype).astype(p.dtype)
+    return landing(p, u, y, jnp.where(factor == 1, y, moved))
