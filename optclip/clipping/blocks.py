@@ -63,8 +63,8 @@ def gather(rule: str, tree: Any, grouping: Grouping, axis_name: Any) -> Gathered
 
     by_label: dict[str, list[Member]] = {}
     for index, path, leaf in named:
-        axes = grouping.axes(path, leaf.shape, shapes)
         mesh = mesh_axes(rule, grouping, path, leaf, given_axes(path))
+        axes = grouping.axes(path, on_all_devices(leaf.shape, mesh), shapes)
         label = path if grouping.label is None else grouping.label(path)
         by_label.setdefault(label, []).append(Member(index, path, leaf, axes, mesh))
 
@@ -97,6 +97,14 @@ def mesh_axes(
             f"for {path!r}, which varies over {varying}; () means that units are whole."
         )
     return varying
+
+
+def on_all_devices(shape: tuple[int, ...], mesh: tuple[Hashable, ...]) -> Any:
+    """An upper bound of a shape on the mesh: no type says which dimension is split.
+
+    What matters is that a row on each of eight devices is no vector.
+    """
+    return tuple(size * _meshes.axis_size(mesh) for size in shape)
 
 
 def _count(members: list[Member]) -> int:

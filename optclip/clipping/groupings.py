@@ -28,7 +28,8 @@ class Grouping(NamedTuple):
     """Which elements form a group; see this module's docstring.
 
     Attributes:
-      axes: (path, shape, shapes of all leaves by path) to the axes reduced.
+      axes: (path, shape, shapes of all leaves by path) to the axes reduced; the shape
+        is at least that on all devices, the shapes are those on this one.
       label: path to the label of its group, or None for groups within a leaf.
       sums: whether groups extend over the mesh axes that a leaf varies over; None if a
         leaf's type cannot say (units: which dimension is sharded is not in a type).
@@ -186,7 +187,7 @@ def per_unit(
         else:
             chosen = axes
         if chosen is not None:
-            return in_range(rule, "axes", path, shape, chosen)
+            return in_range(rule, "axes", path, shapes[path], chosen)
         layout = _layouts.layout(path, shapes, stacked=stack_of(stacked, path))
         return layout.unit_axes(shape)
 

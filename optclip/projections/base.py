@@ -81,8 +81,9 @@ def extent_of(
     def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:
         if real:
             require_real(rule, path, leaf)
-        axes = grouping.axes(path, jnp.shape(leaf), shapes)
         mesh = blocks.mesh_axes(rule, grouping, path, leaf, given(path))
+        shape = blocks.on_all_devices(jnp.shape(leaf), mesh)
+        axes = grouping.axes(path, shape, shapes)
         return Extent(axes, mesh)
 
     return extent
