@@ -20,6 +20,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("optclip")
 
 
+def pytest_collection_modifyitems(items):
+    """One worker for each file, and one for the laws that share compiled functions."""
+    shared = ("test_1_bound", "test_2_identity", "test_3_direction", "test_6_nonfinite")
+    for item in items:
+        group = "values" if item.path.stem in shared else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def _strict():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

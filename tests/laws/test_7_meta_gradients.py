@@ -62,6 +62,7 @@ COMPLEX = combinations(*EVERY, dtypes=("complex64",))
         p for p in COMPLEX if p.values[0].name in (*trees.SAMPLE, "clip_by-per_element")
     ],
 )
+@settings(max_examples=15)
 @given(data=st.data())
 def test_finite(row, dtype, data):
     """By updates and by limit, in reverse and in forward mode."""
