@@ -139,7 +139,8 @@ def clipping(rule: Rule, shapes: Shapes, dtype: Any, params: bool) -> Contestant
 
     def update(arrays: Any, limit: jax.Array, *weights: Any) -> Any:
         grads, state = arrays
-        return rule(limit).update(grads, state, *weights)
+        # In the gradients' dtype, because Optax's rules take no other.
+        return rule(limit.astype(dtype)).update(grads, state, *weights)
 
     start = jax.jit(rule(1.0).init)(weights[0] if params else grads)
     return with_jax(update, (grads, start), *weights)
@@ -176,7 +177,7 @@ def optimizing(
 
     def update(arrays: Any, limit: jax.Array, grads: Any) -> Any:
         params, state = arrays
-        tx = optax.chain(clip(limit), optimizer)
+        tx = optax.chain(clip(limit.astype(dtype)), optimizer)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -197,9 +198,10 @@ def keras_sgd(shapes: Shapes, dtype: Any) -> Contestant:
 
     def update(arrays: Any, limit: jax.Array, grads: Any) -> Any:
         params, state = arrays
-        return optimizer.stateless_apply(state, list(grads.values()), params)
+        return optimizer.stateless_apply(state, grads, params)
 
-    return with_jax(update, (list(params.values()), state), grads)
+    # Lists: JAX sorts a dict's keys, and Keras goes by the order of its variables.
+    return with_jax(update, (list(params.values()), state), list(grads.values()))
 
 
 # PyTorch, in place, with `foreach`, on the same device as JAX.

@@ -80,17 +80,13 @@ def after(
 ) -> ClipMetrics:
     """The metrics after a step that saw these sizes and limits."""
     elementwise = grouping.is_elementwise
-    by_axes: dict[tuple[Any, ...], _Summary] = {}
+    by_axes: dict[tuple[Any, ...], list[_Summary]] = {}
     for size, limit in zip(sizes, limits, strict=True):
         limit = jnp.asarray(jnp.inf if limit is None else limit, old.limit.dtype)
         block = (_element_summary if elementwise else _summary)(size, limit)
-        axes = _meshes.varying_axes(block.clipped)
-        both = _worse(by_axes[axes], block) if axes in by_axes else block
-        by_axes[axes] = both
-    overall = None
-    for axes, summary in by_axes.items():
-        summary = _across(summary, axes) if axes else summary
-        overall = summary if overall is None else _worse(overall, summary)
+        by_axes.setdefault(_meshes.varying_axes(block.clipped), []).append(block)
+    met = [_together(own, axes, old.size.dtype) for axes, own in by_axes.items()]
+    overall = _together(met, (), old.size.dtype) if met else None
     steps = jnp.asarray(optax.safe_increment(old.steps))
     if overall is None:
         return old._replace(steps=steps)
@@ -171,27 +167,21 @@ def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
     )
 
 
-def _worse(a: _Summary, b: _Summary) -> _Summary:
-    """Two summaries as one: the worse group, the sums of the counts."""
-    # Ties, as under a limit of 0, go to the larger size, as they do within a block.
-    second = (b.ratio > a.ratio) | ((b.ratio == a.ratio) & (b.size > a.size))
-    wide = jnp.promote_types(a.size.dtype, b.size.dtype)
-    return _Summary(
-        ratio=jnp.maximum(a.ratio.astype(wide), b.ratio.astype(wide)),
-        size=jnp.where(second, b.size.astype(wide), a.size.astype(wide)),
-        limit=jnp.where(second, b.limit.astype(wide), a.limit.astype(wide)),
-        clipped=a.clipped + b.clipped,
-        nonfinite=a.nonfinite + b.nonfinite,
-        count=a.count + b.count,
-    )
+def _together(summaries: list[_Summary], axes: tuple, wide: Any) -> _Summary:
+    """The summary of all blocks on all shards, in one collective: here they meet.
 
-
-def _across(mine: _Summary, axes: tuple) -> _Summary:
-    """The summary of all shards, in one collective: varying blocks meet here."""
-    numbers = jnp.stack([number.astype(mine.size.dtype) for number in mine])
-    shards = _Summary(*_meshes.from_all(numbers, axes).T)
-    worst, size, limit = _furthest(shards.ratio, shards.size, shards.limit)
-    counts = (shards.clipped, shards.nonfinite, shards.count)
+    In vectors, because a chain of choices between scalars, one for each leaf, takes
+    XLA:CPU a minute to fuse.
+    """
+    if len(summaries) == 1 and not axes:
+        return summaries[0]
+    rows = [jnp.stack([number.astype(wide) for number in own]) for own in summaries]
+    numbers = jnp.stack(rows)
+    if axes:
+        numbers = _meshes.from_all(numbers, axes).reshape(-1, len(_Summary._fields))
+    every = _Summary(*numbers.T)
+    worst, size, limit = _furthest(every.ratio, every.size, every.limit)
+    counts = (every.clipped, every.nonfinite, every.count)
     sums = [jnp.sum(count).astype(jnp.float32) for count in counts]
     return _Summary(worst, size, limit, *sums)
 
