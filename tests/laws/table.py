@@ -43,7 +43,7 @@ class Row(NamedTuple):
       ulps: how far jit may be from eager: a limit that is an exponential of a logarithm
         is rounded as XLA pleases.
       temporary: the share of half-precision gradients that it may need beside them:
-        numbers a unit are not little beside a fan-in of 512 where there are six.
+        the few numbers a unit are not little beside a fan-in of only 512.
       least_limit: positive limits below it may not give the oracle's outputs.
     """
 
@@ -191,6 +191,7 @@ ROWS = [
         {"grouping": "unit"},
         public="clip_by_norm",
         argument="max_norm",
+        temporary=0.012,
     ),
     Row(
         "clip_by_block_rms",
