@@ -206,6 +206,8 @@ def draw(results: Results, path: pathlib.Path) -> None:
                 left.axhline(rate, ls=style, c="black", label=f"measured {name}")
         left.set(ylabel="GB/s of the least traffic", title=f"{shapes}, {dtype}")
         right.set(ylabel="ms", yscale="log", title=f"{shapes}, {dtype}: time of a call")
+        left.set_ylim(top=1.4 * left.get_ylim()[1])  # room for the legend
+        right.set_ylim(top=2.0 * right.get_ylim()[1])
         for axis in (left, right):
             axis.set_xticks(range(len(rules)), rules, rotation=20, ha="right")
             axis.grid(axis="y", alpha=0.3)
