@@ -15,17 +15,28 @@ import jax
 import pytest
 
 hypothesis.settings.register_profile(
-    "optclip", deadline=None, max_examples=25, derandomize=True, print_blob=False
+    "optclip", deadline=None, max_examples=15, derandomize=True, print_blob=False
 )
 hypothesis.settings.load_profile("optclip")
 
 
+# Laws that run the same compiled functions (`tests.laws.trees.run`).
+SHARED = ("test_1_bound", "test_2_identity", "test_3_direction", "test_6_nonfinite")
+
+
 def pytest_collection_modifyitems(items):
     """One worker for each file, and one for the laws that share compiled functions."""
-    shared = ("test_1_bound", "test_2_identity", "test_3_direction", "test_6_nonfinite")
     for item in items:
-        group = "values" if item.path.stem in shared else str(item.path)
+        group = "values" if item.path.stem in SHARED else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled(request):
+    """Forgets what a file compiled: all of it together is gigabytes."""
+    yield
+    if request.path.stem not in SHARED:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -32,8 +32,9 @@ class Row(NamedTuple):
       public: the public name whose row this is, for the check that none is missing.
       argument: the name of its limit argument in messages; None if it takes thresholds.
       identity: whether a group within its limit keeps its bits, or the reason not.
-      variant: whether it differs from another row by its measure or name only, so that
-        laws about what holds a transform (wrappers, states) would see nothing new.
+      variant: whether another row has the same parts and kind of state, with another
+        measure, equation or name, so that laws about what holds a transform (wrappers,
+        states) would see nothing new.
       batched: whether leaves need a common leading axis.
       needs_params: whether `update` must be given the parameters.
       differentiable_to: the largest entry at which derivatives are promised: |x|^p
@@ -272,11 +273,11 @@ ROWS = [
         has_metrics=FLAT,
     ),
     _adaptive("spike_clip", window=4)._replace(ulps=8),
-    _adaptive("autoclip", percentile=40.0, window=3),
+    _adaptive("autoclip", percentile=40.0, window=3)._replace(variant=True),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
     _adaptive("adagc", "leaf", warmup_steps=2),
     _adaptive("quantile_clip"),
-    _adaptive("norm_growth_clip", "leaf"),
+    _adaptive("norm_growth_clip", "leaf")._replace(variant=True),
     _adaptive("second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1),
     _adaptive("adaptive_grad_clip", "unit", clipping=0.5)._replace(
         needs_params=True, temporary=0.02

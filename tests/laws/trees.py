@@ -48,13 +48,16 @@ class Case(NamedTuple):
 
 
 def combinations(*kinds: str, dtypes: tuple[str, ...] = DTYPES) -> list[Any]:
-    """(row, dtype) for the rows of some kinds in the dtypes that they take."""
+    """(row, dtype) for the rows of some kinds in the dtypes that they take.
+
+    Twins go through the first dtype only, other variants through two.
+    """
     return [
         pytest.param(row, dtype, id=f"{row.name}-{dtype}")
         for row in ROWS
         for dtype in dtypes
         if row.kind in kinds and (dtype != "complex64" or row.complex is True)
-        if dtype == dtypes[0] or row.name not in TWINS
+        if dtype in dtypes[: 1 if row.name in TWINS else 2 if row.variant else None]
     ]
 
 
