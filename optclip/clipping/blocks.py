@@ -163,12 +163,13 @@ def spread(gathered: Gathered, sizes: list[jax.Array], targets: list[jax.Array])
     leaves = list(gathered.leaves)
     for group, size, target in zip(gathered.groups, sizes, targets, strict=True):
         if not gathered.joint and not group.members[0].axes:  # a group is one element
-            scale, numbers = _numerics.resized, (size, target)
-        else:
-            scale, numbers = _numerics.scale_to, _numerics.factors(size, target)
+            (only,) = group.members
+            leaves[only.index] = _numerics.resized(only.leaf, size, target)
+            continue
+        ratio = _numerics.factor(size, target)
         for member in group.members:
-            own = [aligned(number, member) for number in numbers]
-            leaves[member.index] = scale(member.leaf, *own)
+            own = aligned(ratio, member)
+            leaves[member.index] = _numerics.scale_by(member.leaf, own)
     return jax.tree_util.tree_unflatten(gathered.treedef, leaves)
 
 

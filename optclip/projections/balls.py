@@ -303,7 +303,8 @@ def _scaled(
     x: jax.Array, size: jax.Array, target: jax.Array, nearest: bool = False
 ) -> jax.Array:
     """Gives each group its target size; rounds outward where it grows, else inward."""
-    a, b = _numerics.factors(size, jnp.where(jnp.isfinite(size), target, jnp.nan))
+    wanted = jnp.where(jnp.isfinite(size), target, jnp.nan)
+    a, b = _numerics.split(_numerics.factor(size, wanted))
     moved = _numerics.times(_numerics.widen(x, size.dtype), a * b * a)
     moved = jnp.where(b == 0, jnp.zeros_like(moved), moved)
     moved = _fitted(moved, x.dtype, target > size, nearest)
