@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from optclip import _meshes
 from optclip.clipping import blocks, measuring
 from optclip.clipping.groupings import Grouping
-from optclip.clipping.measures import MAX, Combine, Measure, fold
+from optclip.clipping.measures import MAX, Combine, Measure, joined
 
 
 def whole_size(
@@ -46,10 +46,13 @@ def _union(combine: Combine, parts: list[jax.Array]) -> jax.Array:
     for part in parts:
         reduced = combine.reduce(part)
         by_axes.setdefault(_meshes.varying_axes(part), []).append(reduced)
-    joined = [(axes, fold(combine.join, own)) for axes, own in by_axes.items()]
-    return fold(
-        combine.join,
-        [combine.across(total, axes) if axes else total for axes, total in joined],
+    by_axes_joined = [(axes, joined(combine, own)) for axes, own in by_axes.items()]
+    return joined(
+        combine,
+        [
+            combine.across(total, axes) if axes else total
+            for axes, total in by_axes_joined
+        ],
     )
 
 

@@ -8,15 +8,15 @@ A second pass, in a better unit, runs only where summands left float32's range.
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optclip import _meshes, _numerics
-from optclip.clipping.blocks import Gathered, Member, aligned, stacked, unstacked
-from optclip.clipping.measures import MAX, Measure, fold, l2, max_abs
+from optclip.clipping.blocks import Gathered, Member, aligned, stacked
+from optclip.clipping.measures import ANY, MAX, Measure, joined, l2, max_abs
 
 
 def measured(
@@ -34,40 +34,38 @@ def measured(
     is infinite: what it learns first has to be right. Choosing costs nothing at run
     time; three accumulators in one pass would cost 4x.
     """
-    plain = totals(gathered, measure)
-    sizes = _lowered(gathered, measure, plain)
-    limits = judge(stacked(gathered, sizes))
+    rough = _lowered(gathered, measure, totals(gathered, measure))
+    in_blocks = stacked(gathered, rough)
+    limits = judge(in_blocks)
     if not gathered.groups or _never_leaves_range(gathered, measure):
-        return sizes, limits
+        return rough, limits
 
-    usable = _numerics.range_of(gathered.wide)
     zero = jnp.zeros((), gathered.wide)
     known = [zero if limit is None else limit for limit in limits]
     if learns:
         known = [jnp.where(limit < jnp.inf, limit, 0) for limit in known]
-    doubts = [
-        _is_doubtful(total, limit, measure.lower(usable.tiny + zero, group.count))
-        for group, total, limit in zip(
-            gathered.groups, plain, unstacked(gathered, known), strict=True
-        )
-    ]
-
-    def again() -> tuple[list[jax.Array], list[Any]]:
-        units = _units(gathered, measure, plain)
-        precise = _lowered(gathered, measure, totals(gathered, measure, units), units)
-        # Others keep the bits that they have when no group is in doubt.
-        precise = [
-            jnp.where(*all_) for all_ in zip(doubts, precise, sizes, strict=True)
-        ]
-        return precise, judge(stacked(gathered, precise))
-
-    doubt = fold(jnp.logical_or, [jnp.any(doubt) for doubt in doubts])
+    edges = _edges(gathered, measure, rough)
+    blocks = zip(in_blocks, known, stacked(gathered, edges), strict=True)
+    doubt = joined(ANY, [jnp.any(_is_doubtful(*block)) for block in blocks])
     doubt = _meshes.anywhere(doubt, _divided(gathered, doubt))
-    return jax.lax.cond(doubt, again, lambda: (sizes, limits))
+
+    def again() -> tuple[list[jax.Array], Any]:
+        units = _units(gathered, measure, rough, edges)
+        precise = _lowered(gathered, measure, totals(gathered, measure, units), units)
+        # Groups in range keep the bits that they have when no group is in doubt.
+        choices = zip(units, rough, precise, strict=True)
+        sizes = [jnp.where(unit == 1, old, new) for unit, old, new in choices]
+        return sizes, judge(stacked(gathered, sizes)) if learns else None
+
+    # A limit that learns may sort a history; any other is sooner found again than kept
+    # beside the sizes, with which it takes 1.2 % of bfloat16 gradients for AGC.
+    kept = limits if learns else None
+    sizes, learned = jax.lax.cond(doubt, again, lambda: (rough, kept))
+    return sizes, learned if learns else judge(stacked(gathered, sizes))
 
 
 def totals(
-    gathered: Gathered, measure: Measure, units: list[jax.Array] | None = None
+    gathered: Gathered, measure: Measure, units: Sequence[jax.Array] | None = None
 ) -> list[jax.Array]:
     """The total of every group, in its unit if it has one."""
     combine = measure.combine
@@ -79,16 +77,16 @@ def totals(
             total = _leaf_total(gathered, member, measure, unit)
             by_mesh.setdefault(member.mesh, []).append(total)
         for mesh, parts in by_mesh.items():
-            partial.setdefault(mesh, {})[number] = fold(combine.join, parts)
+            partial.setdefault(mesh, {})[number] = joined(combine, parts)
 
-    joined: list[list[jax.Array]] = [[] for _ in gathered.groups]
+    by_group: list[list[jax.Array]] = [[] for _ in gathered.groups]
     for mesh, parts in partial.items():
         values = list(parts.values())
         if mesh:
             values = _across(combine.across, values, mesh)
         for number, value in zip(parts, values, strict=True):
-            joined[number].append(value)
-    return [fold(combine.join, parts) for parts in joined]
+            by_group[number].append(value)
+    return [joined(combine, parts) for parts in by_group]
 
 
 def _leaf_total(
@@ -167,21 +165,37 @@ def _lowered(
     gathered: Gathered,
     measure: Measure,
     group_totals: list[jax.Array],
-    units: list[jax.Array] | None = None,
+    units: Sequence[jax.Array] | None = None,
 ) -> list[jax.Array]:
-    sizes = [
-        measure.lower(total, group.count)
-        for total, group in zip(group_totals, gathered.groups, strict=True)
+    in_units = [None] * len(group_totals) if units is None else units
+    each = zip(gathered.groups, group_totals, in_units, strict=True)
+    return [_size(total, unit, measure, group.count) for group, total, unit in each]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _size(
+    total: jax.Array, unit: jax.Array | None, measure: Measure, count: int
+) -> jax.Array:
+    size = measure.lower(total, count)
+    return size if unit is None else size * unit
+
+
+def _edges(
+    gathered: Gathered, measure: Measure, sizes: list[jax.Array]
+) -> list[jax.Array]:
+    """The size of every group below which its summands may have vanished."""
+    tiny = jnp.asarray(_numerics.range_of(gathered.wide).tiny, gathered.wide)
+    counts = {group.count for group in gathered.groups}
+    by_count = {count: measure.lower(tiny, count) for count in counts}
+    return [
+        by_count[group.count].reshape((1,) * size.ndim)
+        for group, size in zip(gathered.groups, sizes, strict=True)
     ]
-    if units is None:
-        return sizes
-    return [size * unit for size, unit in zip(sizes, units, strict=True)]
 
 
 @jax.jit
-def _is_doubtful(total: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
-    tiny = _numerics.range_of(total.dtype).tiny
-    return ~jnp.isfinite(total) | ((total < tiny) & ~(limit >= edge))
+def _is_doubtful(size: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
+    return ~jnp.isfinite(size) | ((size < edge) & ~(limit >= edge))
 
 
 def _never_leaves_range(gathered: Gathered, measure: Measure) -> bool:
@@ -195,26 +209,31 @@ def _never_leaves_range(gathered: Gathered, measure: Measure) -> bool:
 
 
 def _units(
-    gathered: Gathered, measure: Measure, plain: list[jax.Array]
+    gathered: Gathered,
+    measure: Measure,
+    sizes: list[jax.Array],
+    edges: list[jax.Array],
 ) -> list[jax.Array]:
-    """What to divide each group by, so that its summands stay in range."""
+    """What to divide each group by, so that its summands fit: 1 where they do."""
     if measure.power is not None and measure.power <= 2:
-        return [_fixed_unit(total) for total in plain]
-    return [_nonzero(largest) for largest in totals(gathered, max_abs)]
+        return [_power_of_two(*pair) for pair in zip(sizes, edges, strict=True)]
+    found = zip(sizes, edges, totals(gathered, max_abs), strict=True)
+    return [_largest(*group) for group in found]
 
 
 @jax.jit
-def _fixed_unit(total: jax.Array) -> jax.Array:
-    """A power of two by the total; up to squares this is enough and needs no pass."""
-    usable = _numerics.range_of(total.dtype)
-    up_or_none = jnp.where(total < usable.tiny, usable.up, 1.0)
-    unit = jnp.where(jnp.isfinite(total), up_or_none, usable.down)
-    return jax.lax.stop_gradient(unit.astype(total.dtype))
+def _power_of_two(size: jax.Array, edge: jax.Array) -> jax.Array:
+    """By the size alone; up to squares this is enough and needs no pass."""
+    usable = _numerics.range_of(size.dtype)
+    up_or_none = jnp.where(size < edge, usable.up, 1.0)
+    unit = jnp.where(jnp.isfinite(size), up_or_none, usable.down)
+    return jax.lax.stop_gradient(unit.astype(size.dtype))
 
 
 @jax.jit
-def _nonzero(largest: jax.Array) -> jax.Array:
+def _largest(size: jax.Array, edge: jax.Array, largest: jax.Array) -> jax.Array:
     """The largest element, kept where its reciprocal is a normal number too."""
-    usable = (largest > 0) & jnp.isfinite(largest)
+    fits = jnp.isfinite(size) & ~(size < edge)
+    usable = ~fits & (largest > 0) & jnp.isfinite(largest)
     unit = jnp.minimum(largest, 2.0 ** (int(jnp.finfo(largest.dtype).maxexp) - 3))
     return jax.lax.stop_gradient(jnp.where(usable, unit, jnp.ones_like(unit)))

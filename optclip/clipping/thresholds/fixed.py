@@ -9,6 +9,7 @@
 | `tightest(a, b, …)` | the smallest of several |
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ import optax
 from jax.typing import ArrayLike
 
 from optclip import _checks, _paths
-from optclip.clipping.measures import fold
 from optclip.clipping.thresholds.base import Seen, Threshold
 
 
@@ -159,7 +159,7 @@ def tightest(*thresholds: Threshold) -> Threshold:
         states = states or ((),) * len(thresholds)
         limits = [threshold.limit(state, seen) for threshold, state in each(states)]
         arrays = [jnp.asarray(x, seen.size.dtype) for x in limits if x is not None]
-        return fold(jnp.minimum, arrays) if arrays else None
+        return functools.reduce(jnp.minimum, arrays) if arrays else None
 
     def observe(states: tuple[Any, ...], seen: Seen, limit: Any) -> tuple[Any, ...]:
         # Each learns from its own limit: a ceiling beside it is not what it decided.
