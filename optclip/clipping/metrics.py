@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip import _meshes, _paths
@@ -50,13 +51,17 @@ class SkipMetrics(NamedTuple):
 
 
 class _Summary(NamedTuple):
-    """One or more blocks, as scalars."""
+    """One or more blocks, as scalars; of one dtype, because XLA:CPU reduces no others.
+
+    The first three are of the group furthest over its limit, the others of all groups.
+    """
 
     ratio: jax.Array
     size: jax.Array
     limit: jax.Array
     clipped: jax.Array
     nonfinite: jax.Array
+    nan: jax.Array  # what a comparison of sizes would not see
     count: jax.Array
 
 
@@ -80,30 +85,28 @@ def after(
 ) -> ClipMetrics:
     """The metrics after a step that saw these sizes and limits."""
     elementwise = grouping.is_elementwise
+    wide = old.size.dtype
     by_axes: dict[tuple[Any, ...], list[_Summary]] = {}
     for size, limit in zip(sizes, limits, strict=True):
-        limit = jnp.asarray(jnp.inf if limit is None else limit, old.limit.dtype)
+        limit = jnp.asarray(jnp.inf if limit is None else limit, wide)
         block = (_element_summary if elementwise else _summary)(size, limit)
         by_axes.setdefault(_meshes.varying_axes(block.clipped), []).append(block)
-    met = [_together(own, axes, old.size.dtype) for axes, own in by_axes.items()]
-    overall = _together(met, (), old.size.dtype) if met else None
+    met = [_together(own, axes) for axes, own in by_axes.items()]
     steps = jnp.asarray(optax.safe_increment(old.steps))
-    if overall is None:
+    if not met:
         return old._replace(steps=steps)
 
-    fraction = overall.clipped / overall.count
-    clipped = overall.clipped > 0
-    unknown = jnp.full((), jnp.nan) if elementwise else None
-
-    def keep(value: jax.Array, like: jax.Array) -> jax.Array:
-        return (value if unknown is None else unknown).astype(like.dtype)
-
+    overall = _together(met, ())
+    size = jnp.where(overall.nan > 0, jnp.nan, overall.size)
+    limit, fraction = overall.limit, overall.clipped / overall.count
+    if elementwise:
+        size = limit = fraction = jnp.full((), jnp.nan)
     return ClipMetrics(
-        size=keep(overall.size, old.size),
-        limit=keep(overall.limit, old.limit),
-        clipped_fraction=keep(fraction, old.clipped_fraction),
+        size=size.astype(wide),
+        limit=limit.astype(wide),
+        clipped_fraction=fraction.astype(old.clipped_fraction.dtype),
         steps=steps,
-        clipped_steps=_count(old.clipped_steps, clipped),
+        clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
         nonfinite_steps=_count(old.nonfinite_steps, overall.nonfinite > 0),
     )
 
@@ -114,35 +117,52 @@ def _count(counter: jax.Array, happened: jax.Array) -> jax.Array:
 
 @jax.jit
 def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
+    # Nobody learns from the metrics, and reductions of several arrays have no tangent.
+    size, limit = jax.lax.stop_gradient((size, limit))
     finite = jnp.isfinite(size)
     bound = jnp.maximum(limit, 0)
     clipped = finite & (size > bound)
-    # Anything over a limit of 0, and anything not finite, is the furthest over.
-    endless = ~finite | (clipped & (bound == 0))
-    ratio = jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound))
-    if limit.ndim == 0:
-        worst, size_there, limit_there = jnp.max(ratio), _meshes.largest(size), limit
-    else:
-        worst, size_there, limit_there = _furthest(ratio, size, limit)
-    return _Summary(
-        ratio=worst,
-        size=size_there,
-        limit=limit_there,
-        clipped=jnp.sum(clipped, dtype=jnp.float32),
-        nonfinite=(~jnp.isfinite(_meshes.largest(size))).astype(jnp.float32),
-        count=jnp.asarray(size.size, jnp.float32),
+    # Anything over a limit of 0 or NaN, and anything not finite, is the furthest over.
+    endless = ~finite | (clipped & (bound == 0)) | jnp.isnan(bound)
+    nan = jnp.isnan(size)
+    groups = _Summary(
+        ratio=jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound)),
+        size=jnp.where(nan, jnp.inf, size),
+        limit=limit,
+        clipped=clipped,
+        nonfinite=~finite,
+        nan=nan,
+        count=jnp.ones((), size.dtype),
     )
+    return _reduced(*[jnp.broadcast_to(x, size.shape) for x in groups], like=size)
 
 
-def _furthest(
-    ratio: jax.Array, size: jax.Array, limit: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the group furthest over, and of the largest of several such groups."""
-    worst = jnp.max(ratio)
-    ties = (ratio == worst) | jnp.isnan(ratio)
-    largest = _meshes.largest(jnp.where(ties, size, 0))
-    there = ties & ((size == largest) | ~jnp.isfinite(size))
-    return worst, largest, jnp.max(jnp.where(there, limit, -jnp.inf))
+@jax.jit
+def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
+    """The summary of many, in one read: apart, XLA:CPU writes each field to memory."""
+
+    def joined(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> _Summary:
+        a, b = _Summary(*a), _Summary(*b)
+        further = (a.ratio > b.ratio) | ((a.ratio == b.ratio) & (a.size > b.size))
+        return _Summary(
+            ratio=jnp.where(further, a.ratio, b.ratio),
+            size=jnp.where(further, a.size, b.size),
+            limit=jnp.where(further, a.limit, b.limit),
+            clipped=a.clipped + b.clipped,
+            nonfinite=jnp.maximum(a.nonfinite, b.nonfinite),
+            nan=jnp.maximum(a.nan, b.nan),
+            count=a.count + b.count,
+        )
+
+    none = (-1.0, -1.0, -np.inf, 0.0, 0.0, 0.0, 0.0)  # in the order of the fields
+    return _Summary(
+        *jax.lax.reduce(
+            tuple(field.astype(like.dtype) for field in fields),
+            tuple(like.dtype.type(number) for number in none),
+            lambda a, b: tuple(joined(a, b)),
+            tuple(range(like.ndim)),
+        )
+    )
 
 
 @jax.jit
@@ -156,18 +176,12 @@ def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
         lambda a, b: (a[0] | b[0], a[1] | b[1]),
         tuple(range(size.ndim)),
     )
-    unknown = jnp.zeros((), size.dtype)
-    return _Summary(
-        ratio=unknown,
-        size=unknown,
-        limit=unknown,
-        clipped=clipped.astype(jnp.float32),
-        nonfinite=nonfinite.astype(jnp.float32),
-        count=jnp.ones((), jnp.float32),
-    )
+    unknown, one = jnp.zeros((), size.dtype), jnp.ones((), size.dtype)
+    flags = clipped.astype(size.dtype), nonfinite.astype(size.dtype)
+    return _Summary(unknown, unknown, unknown, *flags, unknown, one)
 
 
-def _together(summaries: list[_Summary], axes: tuple, wide: Any) -> _Summary:
+def _together(summaries: list[_Summary], axes: tuple) -> _Summary:
     """The summary of all blocks on all shards, in one collective: here they meet.
 
     In vectors, because a chain of choices between scalars, one for each leaf, takes
@@ -175,15 +189,10 @@ def _together(summaries: list[_Summary], axes: tuple, wide: Any) -> _Summary:
     """
     if len(summaries) == 1 and not axes:
         return summaries[0]
-    rows = [jnp.stack([number.astype(wide) for number in own]) for own in summaries]
-    numbers = jnp.stack(rows)
+    numbers = jnp.stack([jnp.stack(own) for own in summaries])
     if axes:
         numbers = _meshes.from_all(numbers, axes).reshape(-1, len(_Summary._fields))
-    every = _Summary(*numbers.T)
-    worst, size, limit = _furthest(every.ratio, every.size, every.limit)
-    counts = (every.clipped, every.nonfinite, every.count)
-    sums = [jnp.sum(count).astype(jnp.float32) for count in counts]
-    return _Summary(worst, size, limit, *sums)
+    return _reduced(*numbers.T, like=numbers[:, 0])
 
 
 def metrics(opt_state: Any, separator: str = "/") -> dict[str, jax.Array]:

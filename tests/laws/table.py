@@ -43,8 +43,6 @@ class Row(NamedTuple):
       complex: whether it takes complex leaves, or the reason not.
       ulps: how far jit may be from eager: a limit that is an exponential of a logarithm
         is rounded as XLA pleases.
-      temporary: the share of half-precision gradients that it may need beside them:
-        the few numbers a unit are not little beside a fan-in of only 512.
       least_limit: positive limits below it may not give the oracle's outputs.
     """
 
@@ -62,7 +60,6 @@ class Row(NamedTuple):
     differentiable_to: float = float("inf")
     complex: bool | str = True
     ulps: int = 2
-    temporary: float = 0.01
     least_limit: float = 0.0
 
 
@@ -192,7 +189,6 @@ ROWS = [
         {"grouping": "unit"},
         public="clip_by_norm",
         argument="max_norm",
-        temporary=0.012,
     ),
     Row(
         "clip_by_block_rms",
@@ -279,9 +275,7 @@ ROWS = [
     _adaptive("quantile_clip"),
     _adaptive("norm_growth_clip", "leaf")._replace(variant=True),
     _adaptive("second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1),
-    _adaptive("adaptive_grad_clip", "unit", clipping=0.5)._replace(
-        needs_params=True, temporary=0.02
-    ),
+    _adaptive("adaptive_grad_clip", "unit", clipping=0.5)._replace(needs_params=True),
     Row(
         "skip_step",
         "wrapper",
