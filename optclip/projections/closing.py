@@ -2,11 +2,9 @@
 
     y = what apply_updates would give,  q = nearest point to y,  u ← the way from p to q
 
-A leaf is found by its path, in the updates, the parameters and the constraint alike, so
-that trees which name their leaves differently at `init` and `update` are the same here.
+`places` says which leaves, `landing` goes the way in the parameters' own dtype.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +12,19 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks, _layouts, _numerics, _paths
-from optclip.clipping.groupings import Shape
+from optclip import _checks, _numerics, _paths
 from optclip.clipping.thresholds.base import one_more
 from optclip.projections.base import Set
 from optclip.projections.boxes import linf_ball
 from optclip.projections.landing import applied, landing, settled, wide_sum
-
-Chosen = Callable[[str, Any, Mapping[str, Shape]], bool]
-WEIGHTS = ("kernel", "embedding", "w")
+from optclip.projections.places import (
+    Chosen,
+    chosen_by,
+    is_weight,
+    places,
+    remembers,
+    sets_by_path,
+)
 
 
 class ProjectState(NamedTuple):
@@ -81,7 +83,7 @@ def project(
     >>> print(optax.apply_updates(params, updates))
     [0. 1.]
     """
-    return _closing("project", constraint, _chosen("project", where), every)
+    return _closing("project", constraint, chosen_by("project", where), every)
 
 
 def clip_weights(
@@ -120,7 +122,7 @@ def clip_weights(
     _checks.non_negative("clip_weights", c=c)
     with _checks.inside("clip_weights"):
         constraint = linf_ball(c)
-    chosen = _is_weight if where is None else _chosen("clip_weights", where)
+    chosen = is_weight if where is None else chosen_by("clip_weights", where)
     return _closing("clip_weights", constraint, chosen, every)
 
 
@@ -146,45 +148,34 @@ def project_params(
     {'w': Array([0., 2.], dtype=float32)}
     """
     rule = "project_params"
-    set_of = _sets(rule, constraint)
+    set_of = sets_by_path(rule, constraint)
     if _is_nnx_module(params):
         from flax import nnx
 
         held = nnx.state(params, nnx.Param)
         nnx.update(params, project_params(held, constraint, where))
         return params
-    places = _places(rule, params, set_of, _chosen(rule, where))
     flat, treedef = jax.tree_util.tree_flatten(params)
-    for place in places:
+    for place in places(rule, params, set_of, chosen_by(rule, where)):
         memory = None if place.set.init is None else place.set.init(place.leaf)
         flat[place.index] = place.set.nearest(place.leaf, place.extent, memory)
     return jax.tree_util.tree_unflatten(treedef, flat)
 
 
-class _Place(NamedTuple):
-    """A leaf that is projected: where it is in the tree, on what, over which axes."""
-
-    index: int
-    path: str
-    leaf: jax.Array
-    set: Set
-    extent: Any
-
-
 def _closing(
     rule: str, constraint: Any, chosen: Chosen, every: int
 ) -> optax.GradientTransformationExtraArgs:
-    set_of = _sets(rule, constraint)
+    set_of = sets_by_path(rule, constraint)
     _checks.at_least(rule, 1, every=every)
 
     def init(params: optax.Params) -> ProjectState:
         kept = [
             place.set.init(place.leaf)
-            for place in _places(rule, params, set_of, chosen)
+            for place in places(rule, params, set_of, chosen)
             if place.set.init is not None
         ]
         memory: Any = ()
-        if _remembers(constraint):  # of an empty tree as well
+        if remembers(constraint):  # of an empty tree as well
             memory = jnp.concatenate(kept) if kept else jnp.zeros((1,), jnp.float32)
         return ProjectState(jnp.zeros((), jnp.int32) if every > 1 else (), memory)
 
@@ -214,7 +205,7 @@ def _closing(
             path: number for number, (path, _) in enumerate(_paths.leaves(updates))
         }
         start = 0
-        for place in _places(rule, params, set_of, chosen):
+        for place in places(rule, params, set_of, chosen):
             own = None
             if place.set.init is not None:
                 width = jax.eval_shape(place.set.init, place.leaf).size
@@ -234,61 +225,6 @@ def _closing(
         return jax.tree_util.tree_unflatten(treedef, flat)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _places(
-    rule: str, params: Any, set_of: Callable[[str], Set], chosen: Chosen
-) -> list[_Place]:
-    leaves = [
-        (index, path, jnp.asarray(value))
-        for index, (path, value) in enumerate(_paths.leaves(params))
-        if _numerics.is_measured(value)
-    ]
-    shapes = {path: leaf.shape for _, path, leaf in leaves}
-    kept = [entry for entry in leaves if chosen(*entry[1:], shapes)]
-    if leaves and not kept:
-        paths = _paths.some(list(shapes))
-        raise ValueError(f"{rule}: where must select a leaf, got none of {paths}.")
-    places = []
-    for index, path, leaf in kept:
-        own = set_of(path)
-        places.append(_Place(index, path, leaf, own, own.extent(path, leaf, shapes)))
-    return places
-
-
-def _sets(rule: str, constraint: Any) -> Callable[[str], Set]:
-    """The set of each path."""
-    if isinstance(constraint, Set):
-        return lambda path: constraint
-    leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
-    if not leaves or isinstance(constraint, tuple) or not all(map(_is_set, leaves)):
-        raise ValueError(
-            f"{rule}: constraint must be a Set of optclip or a tree of them, got "
-            f"{constraint!r}."
-        )
-    return _paths.prefix_lookup(rule, "constraint", constraint, is_leaf=_is_set)
-
-
-def _remembers(constraint: Any) -> bool:
-    leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
-    return any(leaf.init is not None for leaf in leaves)
-
-
-def _is_set(value: Any) -> bool:
-    return isinstance(value, Set)
-
-
-def _chosen(rule: str, where: Any) -> Chosen:
-    if where is None:
-        return lambda path, leaf, shapes: True
-    selects = _paths.selector(rule, where)
-    return lambda path, leaf, shapes: selects(path, leaf)
-
-
-def _is_weight(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> bool:
-    """Whether a leaf is a kernel or embedding: it has outputs, or such a name."""
-    name = path.rpartition("/")[2]
-    return name in WEIGHTS or bool(_layouts.layout(path, shapes).outputs)
 
 
 def _is_nnx_module(params: Any) -> bool:

@@ -1,0 +1,83 @@
+"""Which leaves are projected, on which set: found by their paths.
+
+Paths are the same in the updates, the parameters and the constraint, so that trees
+which name their leaves differently at `init` and `update` are the same here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _layouts, _numerics, _paths
+from optclip.clipping.groupings import Shape
+from optclip.projections.base import Set
+
+Chosen = Callable[[str, Any, Mapping[str, Shape]], bool]
+WEIGHTS = ("kernel", "embedding", "w")
+
+
+class Place(NamedTuple):
+    """A leaf that is projected: where it is in the tree, on what, over which axes."""
+
+    index: int
+    path: str
+    leaf: jax.Array
+    set: Set
+    extent: Any
+
+
+def places(
+    rule: str, params: Any, set_of: Callable[[str], Set], chosen: Chosen
+) -> list[Place]:
+    leaves = [
+        (index, path, jnp.asarray(value))
+        for index, (path, value) in enumerate(_paths.leaves(params))
+        if _numerics.is_measured(value)
+    ]
+    shapes = {path: leaf.shape for _, path, leaf in leaves}
+    kept = [entry for entry in leaves if chosen(*entry[1:], shapes)]
+    if leaves and not kept:
+        paths = _paths.some(list(shapes))
+        raise ValueError(f"{rule}: where must select a leaf, got none of {paths}.")
+    found = []
+    for index, path, leaf in kept:
+        own = set_of(path)
+        found.append(Place(index, path, leaf, own, own.extent(path, leaf, shapes)))
+    return found
+
+
+def sets_by_path(rule: str, constraint: Any) -> Callable[[str], Set]:
+    """The set of each path."""
+    if isinstance(constraint, Set):
+        return lambda path: constraint
+    leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
+    if not leaves or isinstance(constraint, tuple) or not all(map(_is_set, leaves)):
+        raise ValueError(
+            f"{rule}: constraint must be a Set of optclip or a tree of them, got "
+            f"{constraint!r}."
+        )
+    return _paths.prefix_lookup(rule, "constraint", constraint, is_leaf=_is_set)
+
+
+def remembers(constraint: Any) -> bool:
+    leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
+    return any(leaf.init is not None for leaf in leaves)
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, Set)
+
+
+def chosen_by(rule: str, where: Any) -> Chosen:
+    if where is None:
+        return lambda path, leaf, shapes: True
+    selects = _paths.selector(rule, where)
+    return lambda path, leaf, shapes: selects(path, leaf)
+
+
+def is_weight(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a leaf is a kernel or embedding: it has outputs, or such a name."""
+    name = path.rpartition("/")[2]
+    return name in WEIGHTS or bool(_layouts.layout(path, shapes).outputs)
