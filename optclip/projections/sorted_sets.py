@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -156,6 +157,9 @@ def _each(
     """Optax's projection of every row on its own."""
     for _ in range(rows.ndim - 1):
         projection = jax.vmap(projection, in_axes=(0, None))
-    # Optax divides by the sum that it is given, and mixes integers and floats.
+    # Optax divides by the sum that it is given, and mixes integers and floats: where
+    # those are of 64 bits, it makes float64 of float32 half-way.
+    usable = jnp.where(goal > 0, goal, 1)
+    wide = jax.dtypes.canonicalize_dtype(np.float64)
     with jax.numpy_dtype_promotion("standard"):
-        return projection(rows, jnp.where(goal > 0, goal, 1)).astype(rows.dtype)
+        return projection(rows.astype(wide), usable.astype(wide)).astype(rows.dtype)
