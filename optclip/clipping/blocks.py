@@ -99,7 +99,9 @@ def mesh_axes(
     return varying
 
 
-def on_all_devices(shape: tuple[int, ...], mesh: tuple[Hashable, ...]) -> Any:
+def on_all_devices(
+    shape: tuple[int, ...], mesh: tuple[Hashable, ...]
+) -> tuple[int, ...]:
     """An upper bound of a shape on the mesh: no type says which dimension is split.
 
     What matters is that a row on each of eight devices is no vector.

@@ -218,12 +218,15 @@ def _unpack(
 ) -> list[Any]:
     """The state of each block, by order: NNX gives `init` and `update` other trees."""
     count = len(gathered.groups)
+    leaves = jax.tree_util.tree_leaves(state)
     treedef = jax.tree_util.tree_structure(_blank(threshold))
-    leaves, width = jax.tree_util.tree_leaves(state), treedef.num_leaves
-    kept = len(leaves) // width if width else count
-    if gathered.joint:  # the block is the last axis
-        kept = leaves[0].shape[-1] if leaves else max(count, 1)
-    if kept != (max(count, 1) if gathered.joint else count):
+    if not treedef.num_leaves:
+        return [state] * (1 if gathered.joint else count)
+    if gathered.joint:  # the block is the last axis, also that of an empty tree
+        expected, kept = max(count, 1), leaves[0].shape[-1]
+    else:
+        expected, kept = count, len(leaves) // treedef.num_leaves
+    if kept != expected:
         raise ValueError(
             f"{rule}: updates must have the measured groups that init saw, got {count} "
             f"for a state of {kept}."
