@@ -32,8 +32,8 @@ class Row(NamedTuple):
       public: the public name whose row this is, for the check that none is missing.
       argument: the name of its limit argument in messages; None if it takes thresholds.
       identity: whether a group within its limit keeps its bits, or the reason not.
-      variant: whether another row has the same parts and kind of state, with another
-        measure, equation or name, so that laws about what holds a transform (wrappers,
+      variant: whether another row of the same public name differs by its measure only
+        (or its limit's spelling), so that laws about what holds a transform (wrappers,
         states) would see nothing new.
       batched: whether leaves need a common leading axis.
       needs_params: whether `update` must be given the parameters.
@@ -100,7 +100,6 @@ ROWS = [
         {"grouping": "whole"},
         public="clip_by_global_norm",
         argument="max_norm",
-        variant=True,
     ),
     Row(
         "clip_by_global_norm-l1",
@@ -269,11 +268,11 @@ ROWS = [
         has_metrics=FLAT,
     ),
     _adaptive("spike_clip", window=4)._replace(ulps=8),
-    _adaptive("autoclip", percentile=40.0, window=3)._replace(variant=True),
+    _adaptive("autoclip", percentile=40.0, window=3),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
     _adaptive("adagc", "leaf", warmup_steps=2),
     _adaptive("quantile_clip"),
-    _adaptive("norm_growth_clip", "leaf")._replace(variant=True),
+    _adaptive("norm_growth_clip", "leaf"),
     _adaptive("second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1),
     _adaptive("adaptive_grad_clip", "unit", clipping=0.5)._replace(needs_params=True),
     Row(
@@ -471,10 +470,6 @@ PROJECTIONS = [
         fuses="it remembers two more arrays",
     ),
 ]
-
-
-# One set of each kind, for what compiles slowly.
-SAMPLE_OF_SETS = ("init_box", "max_norm", "norm_sphere", "simplex", "spectral_ball")
 
 
 def projections(**wanted: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from flax import nnx
 import optclip
 from optclip import groupings, thresholds
 from optclip.clipping.thresholds import Threshold
-from tests.laws.table import ROWS, SAMPLE_OF_SETS, projections, rows
+from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import on_mesh
 
 EVERY = pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_the_state_lives_in_a_sharded_nnx_optimizer(grouping, axes):
 
 @pytest.mark.parametrize("params", TREES, indirect=True)
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("row", [p for p in projections() if p.id in SAMPLE_OF_SETS])
+@pytest.mark.parametrize("row", projections())
 def test_types_of_projections_are_fixed_at_init(row, every, params):
     if every == 3 and row.name != "init_box":
         pytest.skip("the counter is the same")

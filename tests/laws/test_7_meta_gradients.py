@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import optclip
 from tests.laws import trees
-from tests.laws.table import ROWS, SAMPLE_OF_SETS, projections, rows
+from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import combinations
 
 
@@ -146,9 +146,7 @@ def test_right(row, magnitude):
         np.testing.assert_allclose(by_rule, by_difference, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    "row", [p for p in projections() if p.id in (*SAMPLE_OF_SETS, "orthogonal")]
-)
+@pytest.mark.parametrize("row", projections())
 def test_projections(row):
     """With respect to parameters, updates and size, at zero and at equal values too."""
     orthogonal = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import groupings, measures, sets, thresholds
 from optclip.clipping.thresholds import Threshold
-from tests.laws.table import SAMPLE_OF_SETS, projections, rows
+from tests.laws.table import projections, rows
 from tests.laws.trees import on_mesh
 
 KINDS = ("clip", "adaptive", "elementwise", "measuring", "wrapper")
@@ -843,8 +843,6 @@ def _unsharded_set(name):
 def test_projections_jitted_on_a_mesh(row, axis_type):
     if axis_type == AxisType.Explicit and row.fuses is not True:
         pytest.skip(f"{row.fuses}, which JAX does on Auto axes only")
-    if row.name not in (*SAMPLE_OF_SETS, "l2_ball", "norm_range"):
-        pytest.skip("as one of the others")
     mesh = _mesh(axis_type=axis_type)
     arguments = (_placed(tree, SET_SPECS, mesh) for tree in _parameters())
     with on_mesh(mesh):

@@ -33,9 +33,6 @@ MAGNITUDES = {
 }
 DTYPES = tuple(MAGNITUDES)
 
-# Rows that another one equals up to a name or an infinite limit: one dtype is enough.
-TWINS = ("clip_by-tightest", "clip_by_value-interval", "clip", "monitor-per_leaf")
-
 # One row of each kind of block, for what depends on little else and compiles slowly.
 SAMPLE = ("clip_by_global_norm", "clip_by_norm-per_unit", "clip_by_value", "monitor")
 
@@ -48,16 +45,12 @@ class Case(NamedTuple):
 
 
 def combinations(*kinds: str, dtypes: tuple[str, ...] = DTYPES) -> list[Any]:
-    """(row, dtype) for the rows of some kinds in the dtypes that they take.
-
-    Twins go through the first dtype only, other variants through two.
-    """
+    """(row, dtype) for the rows of some kinds in the dtypes that they take."""
     return [
         pytest.param(row, dtype, id=f"{row.name}-{dtype}")
         for row in ROWS
         for dtype in dtypes
         if row.kind in kinds and (dtype != "complex64" or row.complex is True)
-        if dtype in dtypes[: 1 if row.name in TWINS else 2 if row.variant else None]
     ]
 
 
