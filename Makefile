@@ -7,7 +7,7 @@
 #   make clean        remove everything that these targets made
 
 PYTHON ?= python3
-# A file stays with one worker, which compiles each function once (tests/conftest.py).
+# A file stays with one worker, which compiles each function once.
 WORKERS ?= auto
 VENV := .venv
 OLDEST := .venv-oldest
@@ -18,7 +18,7 @@ demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python examples/regression.py
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check
@@ -26,7 +26,7 @@ lint: $(VENV)/lint.stamp
 	$(VENV)/bin/pyright
 
 test-oldest: $(OLDEST)/test.stamp
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python -m benchmarks $(BENCH)
