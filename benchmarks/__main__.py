@@ -1,6 +1,6 @@
 """Times optclip against its peers and against the bytes that have to move.
 
-    python -m benchmarks                       GPT-2, both dtypes; 4 GB of memory
+    python -m benchmarks                       GPT-2, three dtypes; 4 GB of memory
     python -m benchmarks --scale 0.1           a tenth of it, for a small machine
     python -m benchmarks --shapes small large --dtypes float16 --contexts alone
     python -m benchmarks --save                also renew benchmarks/results and README
@@ -24,6 +24,8 @@ import optclip
 from benchmarks import contestants, report, shapes, timing
 from benchmarks.contestants import Contestant
 
+DTYPES = ["float32", "bfloat16", "float16"]
+CONTEXTS = ["compile", "alone", "learned", "sgd", "adamw"]
 Makers = dict[str, Callable[[], Contestant]]
 
 
@@ -83,8 +85,28 @@ def before(optimizer: str, tree: Any, dtype: Any) -> Makers:
     return found
 
 
+# What compiles longest: many leaves in one group, and as many groups as leaves.
+COMPILED = {"small": "clip_by_global_norm", "equal": "clip_by_block_rms"}
+
+
+def compiled(rule: str, tree: Any, dtype: Any) -> Makers:
+    """The seconds that a rule takes to trace and compile."""
+    return {
+        library: lambda rules=rules: contestants.compiling(rules[rule], tree, dtype)
+        for library, rules in (
+            ("optclip", contestants.OPTCLIP),
+            ("optax", contestants.OPTAX),
+        )
+    }
+
+
 def races(chosen: argparse.Namespace) -> Iterator[tuple[dict[str, str], Makers]]:
     """What is compared with what, and how it is called."""
+    if "compile" in chosen.contexts:
+        for name, rule in COMPILED.items():
+            tree = shapes.SETS[name](chosen.scale)
+            about = {"shapes": name, "dtype": "float32", "context": "compile"}
+            yield about | {"rule": rule}, compiled(rule, tree, jnp.float32)
     for name in chosen.shapes:
         tree = shapes.SETS[name](chosen.scale)
         for dtype in chosen.dtypes:
@@ -114,7 +136,10 @@ def run(about: dict[str, str], makers: Makers, scale: float, rounds: int) -> lis
             entered[name] = make()
         except ImportError:
             continue  # a peer that is not installed
-    timed = timing.race(entered, rounds)
+    if about["context"] == "compile":
+        timed = timing.race(entered, max(3, rounds // 3), warm_up=1)
+    else:
+        timed = timing.race(entered, rounds)
     tree = shapes.SETS[about["shapes"]](scale)
     size = contestants.size_in_bytes(tree, about["dtype"])
     return [
@@ -134,12 +159,14 @@ def main() -> None:
     options.add_argument(
         "--shapes", nargs="+", default=["gpt2"], choices=list(shapes.SETS)
     )
-    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16", "float16"]
+    )
     options.add_argument(
         "--contexts",
         nargs="+",
-        default=["alone", "learned", "sgd", "adamw"],
-        choices=["alone", "learned", "sgd", "adamw"],
+        default=CONTEXTS,
+        choices=CONTEXTS,
     )
     options.add_argument(
         "--rules",

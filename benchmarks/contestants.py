@@ -166,6 +166,19 @@ def within(
     return with_jax(update, (grads, jax.jit(tx.init)(grads)))
 
 
+def compiling(rule: Rule, shapes: Shapes, dtype: Any) -> Contestant:
+    """Not the update but its tracing and compiling, from cold caches at every call."""
+    tx = rule(0.5)
+    grads = {p: jax.ShapeDtypeStruct(shape, dtype) for p, shape in shapes.items()}
+    state = jax.eval_shape(tx.init, grads)
+
+    def step(arrays: Any, limit: float) -> Any:
+        jax.clear_caches()
+        return jax.jit(tx.update, donate_argnums=0).lower(grads, state).compile()
+
+    return Contestant(None, step)
+
+
 # Before an optimizer.
 
 

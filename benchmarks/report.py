@@ -7,6 +7,7 @@ import json
 import pathlib
 import platform
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -119,15 +120,34 @@ def find(results: Results, **wanted: str) -> dict[str, Any] | None:
 
 
 def table(results: Results) -> str:
-    """README's table: ratios, the median and in brackets the quartiles."""
-    lines = [
-        "| GPT-2 124M, two-core CPU | float32 | bfloat16 |",
-        "|---|---|---|",
-    ]
-    rows: list[tuple[str, dict[str, str], str]] = []
+    """README's table of one device: ratios, medians and in brackets quartiles."""
+    of_model = [line for line in results["records"] if line["shapes"] == "gpt2"]
+    dtypes = list(dict.fromkeys(line["dtype"] for line in of_model))
+    heads = [f"GPT-2 124M on {results['device']}", *dtypes]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for label, wanted, other in _rows():
+        cells = [
+            _cell(find(results, shapes="gpt2", dtype=dtype, **wanted), other)
+            for dtype in dtypes
+        ]
+        if any(cells):
+            lines.append(f"| {' | '.join([label, *cells])} |")
+    shares = [_largest_temporary(results, dtype) for dtype in dtypes]
+    lines.append(f"| {' | '.join([_TEMPORARY, *shares])} |")
+    for shapes, what in (("small", "1000 leaves"), ("equal", "400 leaves")):
+        line = find(results, shapes=shapes, context="compile", name="optclip")
+        if line:
+            label = f"`{line['rule']}` of {what}: trace and compile, over Optax"
+            empty = [""] * (len(dtypes) - 1)
+            lines.append(f"| {' | '.join([label, _cell(line, 'optax'), *empty])} |")
+    return "\n".join(lines)
+
+
+def _rows() -> Iterator[tuple[str, dict[str, str], str]]:
+    """A label, the record that it speaks of, and with whom that is compared."""
     for rule in ("clip_by_global_norm", "adaptive_grad_clip"):
         wanted = {"context": "alone", "rule": rule, "name": "optclip"}
-        rows.append((f"`{rule}` over its floor", wanted, "floor"))
+        yield f"`{rule}` over its floor", wanted, "floor"
     for peer in ("optax", "torch"):
         for rule in (
             "clip_by_global_norm",
@@ -136,30 +156,35 @@ def table(results: Results) -> str:
             "adaptive_grad_clip",
         ):
             wanted = {"context": "alone", "rule": rule, "name": peer}
-            rows.append((f"{_NAMES[peer]}'s `{rule}` over ours", wanted, "optclip"))
+            yield f"{_NAMES[peer]}'s `{rule}` over ours", wanted, "optclip"
     for rule in ("clip_by_global_norm", "adaptive_grad_clip"):
         name = f"optclip {rule}"
         wanted = {"context": "adamw", "name": name}
-        rows.append((f"`{rule}` + AdamW over AdamW alone", wanted, "alone"))
+        yield f"`{rule}` + AdamW over AdamW alone", wanted, "alone"
         wanted = {"context": "adamw", "name": f"optax {rule}"}
-        rows.append((f"Optax's `{rule}` + AdamW over ours", wanted, name))
+        yield f"Optax's `{rule}` + AdamW over ours", wanted, name
     wanted = {"context": "sgd", "name": "keras global_clipnorm"}
     ours = "optclip clip_by_global_norm"
-    rows.append(("Keras' SGD with `global_clipnorm` over ours", wanted, ours))
+    yield "Keras' SGD with `global_clipnorm` over ours", wanted, ours
     for rule in ("autoclip", "zclip", "adagc", "spike_clip"):
         wanted = {"context": "learned", "name": rule}
-        label = f"`{rule}` over `clip_by_global_norm`"
-        rows.append((label, wanted, "clip_by_global_norm"))
+        yield f"`{rule}` over `clip_by_global_norm`", wanted, "clip_by_global_norm"
     wanted = {"context": "learned", "name": "clip_by_global_norm"}
-    rows.append(("metrics kept over metrics discarded", wanted, "without metrics"))
-    for label, wanted, other in rows:
-        cells = [
-            _cell(find(results, shapes="gpt2", dtype=dtype, **wanted), other)
-            for dtype in ("float32", "bfloat16")
-        ]
-        if any(cells):
-            lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+    yield "metrics kept over metrics discarded", wanted, "without metrics"
+
+
+_TEMPORARY = "temporary bytes, the largest of these rules, of the gradients'"
+
+
+def _largest_temporary(results: Results, dtype: str) -> str:
+    """In percent; beside an optimizer, its own would count."""
+    shares = [
+        line["temporary_bytes"] / line["tree_bytes"]
+        for line in results["records"]
+        if line["shapes"] == "gpt2" and line["dtype"] == dtype
+        if line["context"] == "alone" and line["name"] == "optclip"
+    ]
+    return f"{100 * max(shares):.2f} %" if shares else ""
 
 
 _NAMES = {"optax": "Optax", "torch": "PyTorch"}
@@ -223,19 +248,21 @@ def _passes(rule: str) -> int:
 
 
 def save(results: Results) -> None:
-    """Into benchmarks/results, named by the device, and README where it is a CPU."""
+    """Into benchmarks/results, named by the device, and README's tables."""
     kind = re.sub(r"\W+", "-", results["device"].lower()).strip("-")
     path = ROOT / "results" / f"speed-{kind}"
     path.with_suffix(".json").write_text(to_json(results))
     draw(results, path.with_suffix(".png"))
-    renew(results)
+    renew()
 
 
-def renew(results: Results) -> None:
-    """README's table, from these numbers."""
+def renew() -> None:
+    """README's tables, one a device, from the committed numbers."""
+    tables = [table(json.loads(path.read_text())) for path in committed()]
     marked = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
-    text = README.read_text()
-    README.write_text(marked.sub(lambda m: f"{m[1]}{table(results)}\n{m[2]}", text))
+    both = "\n\n".join(tables)
+    text = marked.sub(lambda m: f"{m[1]}{both}\n{m[2]}", README.read_text())
+    README.write_text(text)
 
 
 def committed() -> list[pathlib.Path]:
@@ -244,5 +271,4 @@ def committed() -> list[pathlib.Path]:
 
 
 if __name__ == "__main__":
-    for file in committed():
-        renew(json.loads(file.read_text()))
+    renew()

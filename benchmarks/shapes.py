@@ -89,6 +89,12 @@ def small(scale: float = 1.0) -> dict[str, Shape]:
     return {f"leaf_{number}": cycle[number % 4] for number in range(1000)}
 
 
+def equal(scale: float = 1.0) -> dict[str, Shape]:
+    """400 equal leaves: what a group for each of them costs to compile."""
+    width = _scaled(64, scale, 4)
+    return {f"leaf_{number}": (width, width) for number in range(400)}
+
+
 def large(scale: float = 1.0) -> dict[str, Shape]:
     """One leaf of 64M numbers: nothing but bytes."""
     width = _scaled(8192, scale)
@@ -101,6 +107,7 @@ SETS = {
     "resnet50": resnet50,
     "moe": moe,
     "small": small,
+    "equal": equal,
     "large": large,
 }
 

@@ -29,19 +29,22 @@ class Timed(NamedTuple):
 
 
 def race(
-    contestants: dict[str, Contestant], rounds: int, limit: float = 0.5
+    contestants: dict[str, Contestant],
+    rounds: int,
+    warm_up: int = WARM_UP,
+    limit: float = 0.5,
 ) -> dict[str, Timed]:
     """Their seconds over some rounds, after a warm-up."""
     arrays: dict[str, Any] = {name: c.arrays for name, c in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order, shuffled = list(contestants), random.Random(0)
-    for number in range(WARM_UP + rounds):
+    for number in range(warm_up + rounds):
         shuffled.shuffle(order)
         for name in order:
             start = time.perf_counter()
             arrays[name] = contestants[name].step(arrays[name], limit * 0.99**number)
             took = time.perf_counter() - start
-            if number >= WARM_UP:
+            if number >= warm_up:
                 seconds[name].append(took)
     return {
         name: Timed(np.array(took), contestants[name].compiled)
