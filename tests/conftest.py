@@ -11,6 +11,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+# A core for each worker, because JAX's threads would wait for those of the others.
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import hypothesis
 import jax
 import pytest
@@ -36,7 +42,19 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.split("::")[0]
             return "values" if SHARED.search(file) else file
 
+    config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that no worker waits at the end."""
+    longest = ("tests/examples/", "tests/laws/", "tests/clipping/")
+
+    def rank(item):
+        found = (folder in item.path.as_posix() for folder in longest)
+        return next((n for n, here in enumerate(found) if here), len(longest))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True, scope="module")
