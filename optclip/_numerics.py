@@ -95,7 +95,8 @@ def _factor(size: jax.Array, target: jax.Array) -> jax.Array:
 
     It ends in a division, which XLA does not repeat in every kernel that reads it: with
     a choice at the end, the kernel of each leaf would hold all of this, at every
-    element of a leaf with many units (AGC: 31 ms instead of 22).
+    element of a leaf with many units. (AGC of 24 leaves of 768 × 3072 float32, two
+    cores: 31 ms instead of 22.)
     """
     info = jnp.finfo(size.dtype)
     half = 2.0 ** (int(info.maxexp) // 2)
@@ -178,8 +179,8 @@ def scale_by(x: jax.Array, ratio: jax.Array) -> jax.Array:
 def choose(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """x where it says so, y elsewhere; of bfloat16 the bits are chosen.
 
-    XLA:CPU rounds a bfloat16 number at every choice: to scale a leaf in place takes
-    10.5 ms with two of them, 4.8 ms with two choices between integers.
+    XLA:CPU rounds a bfloat16 number at every choice: to scale 24 leaves of 768 × 3072
+    in place takes two cores 10.5 ms with two of them, 4.8 ms if they are of integers.
     """
     if x.dtype == jnp.bfloat16:
         return _chosen_bits(which, x, y)

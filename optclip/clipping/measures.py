@@ -136,7 +136,8 @@ def joined(combine: Combine, parts: list[jax.Array]) -> jax.Array:
     """Several parts of one shape combined.
 
     Behind a barrier, because XLA:CPU would make one chain of operations of a stack and
-    its reduction: 1000 parts compile in 1.1 s, as a chain or a tree of them in 2.9 s.
+    its reduction: the norm of 1000 small leaves compiles in 1.1 s, and with a chain or
+    a tree of additions in 2.9 s.
     """
     if len(parts) == 1:
         return parts[0]
