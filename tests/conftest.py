@@ -11,12 +11,6 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
-# A core for each worker, because JAX's threads would wait for those of the others.
-worker = os.environ.get("PYTEST_XDIST_WORKER")
-if worker and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
 import hypothesis
 import jax
 import pytest
@@ -25,6 +19,14 @@ hypothesis.settings.register_profile(
     "optclip", deadline=None, max_examples=25, derandomize=True, print_blob=False
 )
 hypothesis.settings.load_profile("optclip")
+
+
+def pytest_configure():
+    """A core for each worker: JAX's threads would wait for those of the others."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 # Laws that run the same compiled functions (`tests.laws.trees`).
