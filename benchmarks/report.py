@@ -199,8 +199,9 @@ def _cell(line: dict[str, Any] | None, other: str) -> str:
 
 def draw(results: Results, path: pathlib.Path) -> None:
     """Bytes a second against what the device copies and reads; times against peers."""
-    dtypes = list(dict.fromkeys(line["dtype"] for line in results["records"]))
-    shapes = results["records"][0]["shapes"]
+    timed = [line for line in results["records"] if line["context"] != "compile"]
+    dtypes = list(dict.fromkeys(line["dtype"] for line in timed))
+    shapes = timed[0]["shapes"]
     figure = Figure(figsize=(12, 3.6 * len(dtypes)), layout="constrained")
     axes = figure.subplots(len(dtypes), 2, squeeze=False)
     for (left, right), dtype in zip(axes, dtypes, strict=True):
