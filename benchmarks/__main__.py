@@ -162,7 +162,7 @@ def main() -> None:
         "--shapes", nargs="+", default=["gpt2"], choices=list(shapes.SETS)
     )
     options.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16", "float16"]
+        "--dtypes", nargs="+", default=DTYPES, help="float16 is clipped alone only"
     )
     options.add_argument(
         "--contexts",

@@ -75,11 +75,6 @@ def remembering(largest: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(total), jnp.nan, largest)
 
 
-def largest(x: jax.Array) -> jax.Array:
-    """The maximum of few non-negative numbers, NaN if any is NaN."""
-    return remembering(jnp.max(x), jnp.sum(jnp.square(x)))
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest_across(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
     """The maximum of non-negative numbers over mesh axes, NaN if any is NaN."""

@@ -46,14 +46,11 @@ def _union(combine: Combine, parts: list[jax.Array]) -> jax.Array:
     for part in parts:
         reduced = combine.reduce(part)
         by_axes.setdefault(_meshes.varying_axes(part), []).append(reduced)
-    by_axes_joined = [(axes, joined(combine, own)) for axes, own in by_axes.items()]
-    return joined(
-        combine,
-        [
-            combine.across(total, axes) if axes else total
-            for axes, total in by_axes_joined
-        ],
-    )
+    totals = []
+    for axes, own in by_axes.items():
+        total = joined(combine, own)
+        totals.append(combine.across(total, axes) if axes else total)
+    return joined(combine, totals)
 
 
 def param_sizes(

@@ -141,7 +141,7 @@ def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
 def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
     """The summary of many, in one read: apart, XLA:CPU writes each field to memory."""
 
-    def joined(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> _Summary:
+    def of_both(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> _Summary:
         a, b = _Summary(*a), _Summary(*b)
         further = (a.ratio > b.ratio) | ((a.ratio == b.ratio) & (a.size > b.size))
         return _Summary(
@@ -159,7 +159,7 @@ def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
         *jax.lax.reduce(
             tuple(field.astype(like.dtype) for field in fields),
             tuple(like.dtype.type(number) for number in none),
-            lambda a, b: tuple(joined(a, b)),
+            lambda a, b: tuple(of_both(a, b)),
             tuple(range(like.ndim)),
         )
     )
