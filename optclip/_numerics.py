@@ -66,18 +66,18 @@ class Range(NamedTuple):
     """Where squares of a dtype are safe, as powers of two."""
 
     tiny: float  # a total below this may have lost summands to underflow
-    up: float  # units (divisors) that bring tiny and huge numbers back into range
+    up: float  # multipliers that bring tiny and huge numbers back into range
     down: float
 
 
 def range_of(dtype: Any) -> Range:
-    """The range of a real dtype: 2^-63, 2^-72 and 2^80 for float32.
+    """The range of a real dtype: 2^-63, 2^72 and 2^-80 for float32.
 
     Up is less far than down, because a tangent of 1 beside a tiny number goes with it.
     """
     info = jnp.finfo(dtype)
     up, down = int(info.maxexp) * 9 // 16, int(info.maxexp) * 5 // 8
-    return Range(2.0 ** (int(info.minexp) // 2), 2.0**-up, 2.0**down)
+    return Range(2.0 ** (int(info.minexp) // 2), 2.0**up, 2.0**-down)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
@@ -171,9 +171,36 @@ def scale_by(x: jax.Array, ratio: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jax.lax.complex(scale_by(x.real, ratio), scale_by(x.imag, ratio))
     a, b = split(ratio)
-    scaled = (widen(x, ratio.dtype) * a * b * a).astype(x.dtype)
-    scaled = choose(ratio == 0, jnp.zeros_like(x), scaled)
-    return choose(ratio == 1, x, scaled)
+    scaled = narrow(widen(x, ratio.dtype) * a * b * a, x.dtype)
+    # In this order: the other takes AdamW of bfloat16, which scales twice, 6 % longer.
+    return choose(ratio == 0, jnp.zeros_like(x), choose(ratio == 1, x, scaled))
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """A cast to a leaf's dtype; from float32 to bfloat16 by integers, bit for bit.
+
+    XLA:CPU does not repeat a rounding: updates that two kernels of an optimizer read
+    are written to memory first, in float32 never. Integers are repeated, so that
+    bfloat16 updates are scaled inside both kernels too.
+    """
+    if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        return _bfloat16(x)
+    return x.astype(dtype)
+
+
+@jax.custom_jvp
+def _bfloat16(x: jax.Array) -> jax.Array:
+    """To nearest, ties to even; a NaN stays one."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    nearest = bits + jnp.uint32(0x7FFF) + ((bits >> 16) & 1)
+    quiet = bits | jnp.uint32(0x400000)
+    bits = jnp.where(jnp.isnan(x), quiet, nearest) >> 16
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+
+@_bfloat16.defjvp
+def _bfloat16_jvp(primals: Any, tangents: Any) -> Any:
+    return _bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def choose(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
