@@ -11,6 +11,7 @@ Every number is a median over rounds in which all contestants took turns.
 
 import argparse
 import datetime
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,50 +23,47 @@ from tqdm import tqdm
 
 import optclip
 from benchmarks import contestants, report, shapes, timing
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Arrays, Contestant, Shapes
 
 DTYPES = ["float32", "bfloat16", "float16"]
 CONTEXTS = ["compile", "alone", "learned", "sgd", "adamw"]
-Makers = dict[str, Callable[[], Contestant]]
+Makers = dict[str, Callable[[Arrays], Contestant]]
 
 
-def alone(rule: str, tree: Any, dtype: Any) -> Makers:
+def alone(rule: str, tree: Shapes, dtype: Any) -> tuple[Arrays, Makers]:
     """One rule by every library that has it, between the floors."""
-    params = rule == "adaptive_grad_clip"
     found: Makers = {
-        "floor: read": lambda: contestants.reading(tree, dtype),
-        "floor: rewrite": lambda: contestants.rewriting(tree, dtype),
-        "optclip": lambda: contestants.clipping(
-            contestants.OPTCLIP[rule], tree, dtype, params
-        ),
+        "floor: read": contestants.reading,
+        "floor: rewrite": contestants.rewriting,
+        "optclip": functools.partial(contestants.clipping, contestants.OPTCLIP[rule]),
     }
     if rule in contestants.OPTAX:
-        found["optax"] = lambda: contestants.clipping(
-            contestants.OPTAX[rule], tree, dtype, params
-        )
+        optaxes = contestants.OPTAX[rule]
+        found["optax"] = functools.partial(contestants.clipping, optaxes)
     if rule in ("clip_by_global_norm", "clip_by_value"):
-        found["torch"] = lambda: contestants.pytorch(rule, tree, dtype)
-    return found
+        found["torch"] = lambda _: contestants.pytorch(rule, tree, dtype)
+    reads_params = rule == "adaptive_grad_clip"
+    return contestants.gradients(tree, dtype, reads_params), found
 
 
-def learned(tree: Any, dtype: Any) -> Makers:
+def learned(tree: Shapes, dtype: Any) -> tuple[Arrays, Makers]:
     """Rules with limits of their own, and discarded metrics, against the fixed rule."""
 
     def fixed() -> optax.GradientTransformation:
         return optclip.clip_by_global_norm(1e30)
 
     found: Makers = {
-        "clip_by_global_norm": lambda: contestants.within(fixed, tree, dtype),
-        "without metrics": lambda: contestants.within(fixed, tree, dtype, False),
+        "clip_by_global_norm": lambda arrays: contestants.within(fixed, arrays),
+        "without metrics": lambda arrays: contestants.within(fixed, arrays, False),
     }
     for name, make in contestants.LEARNED.items():
-        found[name] = lambda make=make: contestants.within(make, tree, dtype)
-    return found
+        found[name] = functools.partial(contestants.within, make)
+    return contestants.gradients(tree, dtype), found
 
 
-def before(optimizer: str, tree: Any, dtype: Any) -> Makers:
+def before(optimizer: str, tree: Shapes, dtype: Any) -> tuple[Arrays, Makers]:
     """The optimizer alone, and behind a clip of each library."""
-    step = {"adamw": lambda: optax.adamw(1e-3), "sgd": lambda: optax.sgd(1e-3)}
+    step = {"adamw": optax.adamw(1e-3), "sgd": optax.sgd(1e-3)}[optimizer]
     rules: dict[str, contestants.Rule] = {
         "alone": lambda limit: optax.identity(),
         "optclip clip_by_global_norm": optclip.clip_by_global_norm,
@@ -75,38 +73,37 @@ def before(optimizer: str, tree: Any, dtype: Any) -> Makers:
         rules["optclip adaptive_grad_clip"] = optclip.adaptive_grad_clip
         rules["optax adaptive_grad_clip"] = optax.adaptive_grad_clip
     found: Makers = {
-        name: lambda rule=rule: contestants.optimizing(
-            rule, step[optimizer](), tree, dtype
-        )
+        name: functools.partial(contestants.optimizing, rule, step)
         for name, rule in rules.items()
     }
     if optimizer == "sgd":
-        found["keras global_clipnorm"] = lambda: contestants.keras_sgd(tree, dtype)
-    return found
+        found["keras global_clipnorm"] = contestants.keras_sgd
+    return contestants.parameters(step, tree, dtype), found
 
 
 # What compiles longest: many leaves in one group, and as many groups as leaves.
 COMPILED = {"small": "clip_by_global_norm", "equal": "clip_by_block_rms"}
 
 
-def compiled(rule: str, tree: Any, dtype: Any) -> Makers:
+def compiled(rule: str, tree: Shapes, dtype: Any) -> tuple[Arrays, Makers]:
     """The seconds that a rule takes to trace and compile."""
-    return {
-        library: lambda rules=rules: contestants.compiling(rules[rule], tree, dtype)
-        for library, rules in (
-            ("optclip", contestants.OPTCLIP),
-            ("optax", contestants.OPTAX),
-        )
+    libraries = {"optclip": contestants.OPTCLIP, "optax": contestants.OPTAX}
+    return Arrays(None), {
+        library: lambda _, rules=rules: contestants.compiling(rules[rule], tree, dtype)
+        for library, rules in libraries.items()
     }
 
 
-def races(chosen: argparse.Namespace) -> Iterator[tuple[dict[str, str], Makers]]:
-    """What is compared with what, and how it is called."""
+def races(
+    chosen: argparse.Namespace,
+) -> Iterator[tuple[dict[str, str], Callable[[], tuple[Arrays, Makers]]]]:
+    """How each race is called, and what makes its arrays and contestants."""
     if "compile" in chosen.contexts:
         for name, rule in COMPILED.items():
             tree = shapes.SETS[name](chosen.scale)
             about = {"shapes": name, "dtype": "float32", "context": "compile"}
-            yield about | {"rule": rule}, compiled(rule, tree, jnp.float32)
+            make = functools.partial(compiled, rule, tree, jnp.float32)
+            yield about | {"rule": rule}, make
     for name in chosen.shapes:
         tree = shapes.SETS[name](chosen.scale)
         for dtype in chosen.dtypes:
@@ -114,34 +111,33 @@ def races(chosen: argparse.Namespace) -> Iterator[tuple[dict[str, str], Makers]]
             kind = jnp.dtype(dtype)
             if "alone" in chosen.contexts:
                 for rule in chosen.rules:
-                    yield (
-                        about | {"context": "alone", "rule": rule},
-                        alone(rule, tree, kind),
-                    )
+                    make = functools.partial(alone, rule, tree, kind)
+                    yield about | {"context": "alone", "rule": rule}, make
             if dtype == "float16":
                 continue  # gradients under a loss scale; nobody steps in it
             if "learned" in chosen.contexts:
-                yield about | {"context": "learned", "rule": "-"}, learned(tree, kind)
+                make = functools.partial(learned, tree, kind)
+                yield about | {"context": "learned", "rule": "-"}, make
             for optimizer in ("sgd", "adamw"):
                 if optimizer in chosen.contexts:
-                    yield (
-                        about | {"context": optimizer, "rule": "-"},
-                        before(optimizer, tree, kind),
-                    )
+                    make = functools.partial(before, optimizer, tree, kind)
+                    yield about | {"context": optimizer, "rule": "-"}, make
 
 
-def run(about: dict[str, str], makers: Makers, scale: float, rounds: int) -> list[Any]:
+def run(
+    about: dict[str, str], arrays: Arrays, makers: Makers, scale: float, rounds: int
+) -> list[Any]:
     """One race: a record for each contestant."""
     entered: dict[str, Contestant] = {}
     for name, make in makers.items():
         try:
-            entered[name] = make()
+            entered[name] = make(arrays)
         except ImportError:
             continue  # a peer that is not installed
     if about["context"] == "compile":
-        timed = timing.race(entered, max(3, rounds // 3), warm_up=1)
+        timed = timing.race(entered, arrays, max(3, rounds // 3), warm_up=1)
     else:
-        timed = timing.race(entered, rounds)
+        timed = timing.race(entered, arrays, rounds)
     tree = shapes.SETS[about["shapes"]](scale)
     size = contestants.size_in_bytes(tree, about["dtype"])
     return [
@@ -186,8 +182,8 @@ def main() -> None:
     chosen = options.parse_args()
 
     found = []
-    for about, makers in tqdm(list(races(chosen)), unit="race"):
-        found += run(about, makers, chosen.scale, chosen.rounds)
+    for about, make in tqdm(list(races(chosen)), unit="race"):
+        found += run(about, *make(), chosen.scale, chosen.rounds)
         jax.clear_caches()
     results = {
         "device": report.device(),

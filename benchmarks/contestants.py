@@ -1,9 +1,10 @@
 """What is timed: the same work through optclip, its peers, and the floors.
 
-A contestant is made for one tree of shapes and one dtype. It owns its arrays, and one
-`step` of it is one timed call: gradients in, clipped gradients (or stepped parameters)
-out, in place where the library can. A limit that falls by one percent a call keeps
-every group above it, so that each call both measures and rescales.
+One `step` of a contestant is one timed call: gradients in, clipped gradients (or
+stepped parameters) out, in place where the library can. The contestants of a race hand
+the same arrays on to each other, because of equal arrays some lie better in memory than
+others. A limit that falls by one percent a call keeps every group above it, so that
+each call both measures and rescales.
 """
 
 import functools
@@ -33,11 +34,21 @@ class Compiled(NamedTuple):
     collectives: int
 
 
-class Contestant(NamedTuple):
-    """One way to do the work; `step(arrays, limit)` waits until it is done."""
+class Arrays(NamedTuple):
+    """What goes from hand to hand in a race."""
 
-    arrays: Any
-    step: Callable[[Any, float], Any]
+    tree: Any  # changed in place
+    fixed: Any = ()  # only read
+
+
+class Contestant(NamedTuple):
+    """One way to do the work; `step(arrays, own, limit)` waits until it is done.
+
+    It returns the next arrays and what the contestant keeps for itself.
+    """
+
+    step: Callable[[Arrays, Any, float], tuple[Arrays, Any]]
+    own: Any = ()
     compiled: Compiled | None = None
 
 
@@ -53,15 +64,15 @@ def normal(shapes: Shapes, dtype: Any, seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
-def with_jax(function: Callable[..., Any], arrays: Any, *rest: Any) -> Contestant:
-    """`function(arrays, limit, *rest)` to the next arrays, compiled and donated.
+def with_jax(function: Callable[..., Any], arrays: Arrays, own: Any) -> Contestant:
+    """`function(tree, own, limit, fixed)` to the next tree and own, in place.
 
     Compiled ahead of time with cold caches, so that its seconds can be compared.
     """
     jax.clear_caches()
-    jitted = jax.jit(function, donate_argnums=0)
+    jitted = jax.jit(function, donate_argnums=(0, 1))
     start = time.perf_counter()
-    lowered = jitted.lower(arrays, jnp.float32(1.0), *rest)
+    lowered = jitted.lower(arrays.tree, own, jnp.float32(1.0), arrays.fixed)
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
@@ -78,33 +89,35 @@ def with_jax(function: Callable[..., Any], arrays: Any, *rest: Any) -> Contestan
         len(collectives),
     )
 
-    def step(arrays: Any, limit: float) -> Any:
-        return jax.block_until_ready(program(arrays, jnp.float32(limit), *rest))
+    def step(arrays: Arrays, own: Any, limit: float) -> tuple[Arrays, Any]:
+        after = program(arrays.tree, own, jnp.float32(limit), arrays.fixed)
+        tree, own = jax.block_until_ready(after)
+        return arrays._replace(tree=tree), own
 
-    return Contestant(arrays, step, about)
+    return Contestant(step, own, about)
 
 
 # Floors: the passes over memory that the work cannot do without.
 
 
-def reading(shapes: Shapes, dtype: Any) -> Contestant:
+def reading(arrays: Arrays) -> Contestant:
     """Every leaf read once."""
-    grads = normal(shapes, dtype)
 
-    def read(total: jax.Array, limit: jax.Array, grads: Any) -> jax.Array:
-        leaves = jax.tree.leaves(grads)
-        return limit * sum(jnp.sum(x, dtype=jnp.float32) for x in leaves) + total
+    def read(tree: Any, total: jax.Array, limit: jax.Array, fixed: Any) -> Any:
+        sums = [jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree)]
+        return tree, limit * sum(sums) + total
 
-    return with_jax(read, jnp.zeros(()), grads)
+    return with_jax(read, arrays, jnp.zeros(()))
 
 
-def rewriting(shapes: Shapes, dtype: Any) -> Contestant:
+def rewriting(arrays: Arrays) -> Contestant:
     """Every leaf read and written once, in place."""
 
-    def write(grads: Any, limit: jax.Array) -> Any:
-        return jax.tree.map(lambda x: x * limit.astype(x.dtype), grads)
+    def write(tree: Any, own: Any, limit: jax.Array, fixed: Any) -> Any:
+        nearly_one = 1 - 1e-3 * limit  # nothing is to fall below what clips it
+        return jax.tree.map(lambda x: x * nearly_one.astype(x.dtype), tree), own
 
-    return with_jax(write, normal(shapes, dtype))
+    return with_jax(write, arrays, ())
 
 
 # The clip alone.
@@ -132,38 +145,39 @@ LEARNED: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-def clipping(rule: Rule, shapes: Shapes, dtype: Any, params: bool) -> Contestant:
-    """One update of a rule, its limit traced."""
-    grads = normal(shapes, dtype)
+def gradients(shapes: Shapes, dtype: Any, params: bool = False) -> Arrays:
+    """Gradients, and parameters beside them for a rule that reads them."""
     weights = (normal(shapes, dtype, seed=1),) if params else ()
+    return Arrays(normal(shapes, dtype), weights)
 
-    def update(arrays: Any, limit: jax.Array, *weights: Any) -> Any:
-        grads, state = arrays
+
+def clipping(rule: Rule, arrays: Arrays) -> Contestant:
+    """One update of a rule, its limit traced."""
+    start = jax.jit(rule(1.0).init)(arrays.tree)
+
+    def update(grads: Any, state: Any, limit: jax.Array, weights: Any) -> Any:
         # In the gradients' dtype, because Optax's rules take no other.
+        dtype = jax.tree.leaves(grads)[0].dtype
         return rule(limit.astype(dtype)).update(grads, state, *weights)
 
-    start = jax.jit(rule(1.0).init)(weights[0] if params else grads)
-    return with_jax(update, (grads, start), *weights)
+    return with_jax(update, arrays, start)
 
 
 def within(
     make: Callable[[], optax.GradientTransformation],
-    shapes: Shapes,
-    dtype: Any,
+    arrays: Arrays,
     metrics: bool = True,
 ) -> Contestant:
     """One update that finds nothing to clip, with its metrics or without."""
     tx = make()
-    grads = normal(shapes, dtype)
 
-    def update(arrays: Any, limit: jax.Array) -> Any:
-        grads, state = arrays
+    def update(grads: Any, state: Any, limit: jax.Array, fixed: Any) -> Any:
         updates, after = tx.update(grads, state)
         if not metrics:
             after = after._replace(metrics=state.metrics)
         return updates, after
 
-    return with_jax(update, (grads, jax.jit(tx.init)(grads)))
+    return with_jax(update, arrays, jax.jit(tx.init)(arrays.tree))
 
 
 def compiling(rule: Rule, shapes: Shapes, dtype: Any) -> Contestant:
@@ -172,56 +186,72 @@ def compiling(rule: Rule, shapes: Shapes, dtype: Any) -> Contestant:
     grads = {p: jax.ShapeDtypeStruct(shape, dtype) for p, shape in shapes.items()}
     state = jax.eval_shape(tx.init, grads)
 
-    def step(arrays: Any, limit: float) -> Any:
+    def step(arrays: Arrays, own: Any, limit: float) -> tuple[Arrays, Any]:
         jax.clear_caches()
-        return jax.jit(tx.update, donate_argnums=0).lower(grads, state).compile()
+        jax.jit(tx.update, donate_argnums=0).lower(grads, state).compile()
+        return arrays, own
 
-    return Contestant(None, step)
+    return Contestant(step)
 
 
 # Before an optimizer.
 
 
+def parameters(
+    optimizer: optax.GradientTransformation, shapes: Shapes, dtype: Any
+) -> Arrays:
+    """Parameters with the optimizer's state, and gradients that stay as they are."""
+    params = normal(shapes, dtype, seed=1)
+    state = jax.jit(optimizer.init)(params)
+    return Arrays((params, state), normal(shapes, dtype))
+
+
 def optimizing(
-    clip: Rule, optimizer: optax.GradientTransformation, shapes: Shapes, dtype: Any
+    clip: Rule, optimizer: optax.GradientTransformation, arrays: Arrays
 ) -> Contestant:
-    """Clip, step, apply: parameters and state in place, gradients as they came."""
-    grads, params = normal(shapes, dtype), normal(shapes, dtype, seed=1)
+    """Clip, step, apply: parameters and state in place."""
+    params, _ = arrays.tree
+    start = jax.jit(clip(1.0).init)(params)
 
-    def update(arrays: Any, limit: jax.Array, grads: Any) -> Any:
-        params, state = arrays
-        tx = optax.chain(clip(limit.astype(dtype)), optimizer)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def update(tree: Any, clips: Any, limit: jax.Array, grads: Any) -> Any:
+        params, state = tree
+        dtype = jax.tree.leaves(grads)[0].dtype
+        # One after the other as `optax.chain` has them; the optimizer's state goes on.
+        updates, clips = clip(limit.astype(dtype)).update(grads, clips, params)
+        updates, state = optimizer.update(updates, state, params)
+        return (optax.apply_updates(params, updates), state), clips
 
-    state = jax.jit(optax.chain(clip(1.0), optimizer).init)(params)
-    return with_jax(update, (params, state), grads)
+    return with_jax(update, arrays, start)
 
 
-def keras_sgd(shapes: Shapes, dtype: Any) -> Contestant:
+def keras_sgd(arrays: Arrays) -> Contestant:
     """Keras on JAX: SGD with `global_clipnorm`, which Keras takes as a constant."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
-    grads, params = normal(shapes, dtype), normal(shapes, dtype, seed=1)
     optimizer = keras.optimizers.SGD(0.1, global_clipnorm=0.5)
-    name = jnp.dtype(dtype).name
+    params, _ = arrays.tree
+    name = jax.tree.leaves(params)[0].dtype.name
     optimizer.build([keras.Variable(x, dtype=name) for x in params.values()])
-    state = [variable.value for variable in optimizer.variables]
+    variables = [variable.value for variable in optimizer.variables]
 
-    def update(arrays: Any, limit: jax.Array, grads: Any) -> Any:
-        params, state = arrays
-        return optimizer.stateless_apply(state, grads, params)
+    def update(tree: Any, own: Any, limit: jax.Array, grads: Any) -> Any:
+        params, state = tree
+        # Lists: JAX sorts a dict's keys; Keras goes by the order of its variables.
+        values = [params[path] for path in arrays.fixed]
+        after, own = optimizer.stateless_apply(
+            own, [grads[path] for path in arrays.fixed], values
+        )
+        return (dict(zip(arrays.fixed, after, strict=True)), state), own
 
-    # Lists: JAX sorts a dict's keys, and Keras goes by the order of its variables.
-    return with_jax(update, (list(params.values()), state), list(grads.values()))
+    return with_jax(update, arrays, variables)
 
 
 # PyTorch, in place, with `foreach`, on the same device as JAX.
 
 
 def pytorch(rule: str, shapes: Shapes, dtype: Any) -> Contestant:
-    """`clip_grad_norm_` or `clip_grad_value_`."""
+    """`clip_grad_norm_` or `clip_grad_value_`, of arrays of its own."""
     import torch
 
     gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
@@ -238,13 +268,13 @@ def pytorch(rule: str, shapes: Shapes, dtype: Any) -> Contestant:
         "clip_by_value": torch.nn.utils.clip_grad_value_,
     }[rule]
 
-    def step(arrays: Any, limit: float) -> Any:
-        clip(arrays, limit, foreach=True)
+    def step(arrays: Arrays, own: Any, limit: float) -> tuple[Arrays, Any]:
+        clip(own, limit, foreach=True)
         if gpu:
             torch.cuda.synchronize()
-        return arrays
+        return arrays, own
 
-    return Contestant(params, step)
+    return Contestant(step, params)
 
 
 def about_peers() -> dict[str, str]:

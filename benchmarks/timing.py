@@ -7,11 +7,11 @@ what is reported is their median with its quartiles.
 
 import random
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.contestants import Compiled, Contestant
+from benchmarks.contestants import Arrays, Compiled, Contestant
 
 WARM_UP = 3
 
@@ -30,19 +30,21 @@ class Timed(NamedTuple):
 
 def race(
     contestants: dict[str, Contestant],
+    arrays: Arrays,
     rounds: int,
     warm_up: int = WARM_UP,
     limit: float = 0.5,
 ) -> dict[str, Timed]:
     """Their seconds over some rounds, after a warm-up."""
-    arrays: dict[str, Any] = {name: c.arrays for name, c in contestants.items()}
+    own = {name: contestant.own for name, contestant in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order, shuffled = list(contestants), random.Random(0)
     for number in range(warm_up + rounds):
         shuffled.shuffle(order)
         for name in order:
+            limit *= 0.99
             start = time.perf_counter()
-            arrays[name] = contestants[name].step(arrays[name], limit * 0.99**number)
+            arrays, own[name] = contestants[name].step(arrays, own[name], limit)
             took = time.perf_counter() - start
             if number >= warm_up:
                 seconds[name].append(took)

@@ -44,12 +44,11 @@ def widen(x: jax.Array, wide: Any) -> jax.Array:
 def for_measuring(x: jax.Array, wide: Any) -> jax.Array:
     """The widened copy of a leaf that only its size is computed from.
 
-    XLA:CPU shares one widened copy between the measuring and the rescaling and writes
-    it to memory: 2x the gradients in temporary bytes for a bfloat16 tree. The barrier
-    keeps the two apart, so each widens inside its own loop.
+    XLA:CPU writes to memory what a sum shares with another kernel: the widened copy
+    that the rescaling needs too (2x the gradients in temporary bytes for a bfloat16
+    tree), or the squares that Adam takes of gradients that nothing rescaled. The
+    barrier keeps them apart, so each computes its own inside its own loop.
     """
-    if np.promote_types(x.dtype, wide) == x.dtype:
-        return x
     return widen(jax.lax.optimization_barrier(x), wide)
 
 
@@ -233,8 +232,8 @@ def resized(x: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
     """Gives every element of x its own target size."""
     if jnp.iscomplexobj(x):
         return scale_by(x, factor(size, target))
-    replaced = jnp.copysign(target, widen(x, target.dtype)).astype(x.dtype)
-    return jnp.where(target == size, x, replaced)
+    replaced = narrow(jnp.copysign(target, widen(x, target.dtype)), x.dtype)
+    return choose(target == size, x, replaced)
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip.clipping.engine import clip_by
 from optclip.clipping.measures import Measure, l2, max_abs
 from optclip.clipping.metrics import SkipMetrics
@@ -126,7 +126,9 @@ def skip_step(
         moved, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        moved = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), moved)
+        moved = jax.tree.map(
+            lambda u: _numerics.choose(skip, jnp.zeros_like(u), u), moved
+        )
         inner_state = jax.tree.map(
             lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
         )

@@ -39,34 +39,37 @@ def test_scale_is_about_proportional(name):
 @pytest.mark.parametrize("rule", ["clip_by_global_norm", "clip_by_block_rms"])
 def test_every_call_clips(rule):
     """What is timed is a rescaling, not the shorter way of what is within its limit."""
-    ours = contestants.clipping(contestants.OPTCLIP[rule], TINY, jnp.float32, False)
-    arrays = ours.arrays
-    for number in range(4):
-        before = np.asarray(arrays[0]["kernel"])
-        arrays = ours.step(arrays, 0.5 * 0.99**number)
-        assert np.all(np.abs(arrays[0]["kernel"]) < np.abs(before))
-    assert arrays[1].metrics.clipped_steps == 4
+    arrays = contestants.gradients(TINY, jnp.float32)
+    entered = {
+        "floor": contestants.rewriting(arrays),
+        "optclip": contestants.clipping(contestants.OPTCLIP[rule], arrays),
+        "optax": contestants.clipping(contestants.OPTAX[rule], arrays),
+    }
+    own = {name: contestant.own for name, contestant in entered.items()}
+    for number in range(9):
+        name = list(entered)[number % 3]
+        before = np.asarray(arrays.tree["kernel"])
+        arrays, own[name] = entered[name].step(arrays, own[name], 0.5 * 0.99**number)
+        assert np.all(np.abs(arrays.tree["kernel"]) < np.abs(before))
+    assert own["optclip"].metrics.clipped_steps == 3
 
 
 def test_libraries_do_the_same():
     """Ours and Optax's, alone and before AdamW."""
     for params, rule in ((False, "clip_by_block_rms"), (True, "adaptive_grad_clip")):
-        results = [
-            contestants.clipping(library[rule], TINY, jnp.float32, params)
-            for library in (contestants.OPTCLIP, contestants.OPTAX)
-        ]
-        ours, theirs = (c.step(c.arrays, 0.3)[0] for c in results)
+        found = []
+        for library in (contestants.OPTCLIP, contestants.OPTAX):
+            arrays = contestants.gradients(TINY, jnp.float32, params)
+            contestant = contestants.clipping(library[rule], arrays)
+            found.append(contestant.step(arrays, contestant.own, 0.3)[0].tree)
         for path in TINY:
-            np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-6)
+            np.testing.assert_allclose(found[0][path], found[1][path], rtol=1e-6)
 
 
 def test_a_race_takes_turns_and_its_record_holds_the_ratios():
-    entered = {
-        name: make()
-        for name, make in suite.alone("clip_by_value", TINY, jnp.float32).items()
-        if name != "torch"
-    }
-    timed = timing.race(entered, rounds=3)
+    arrays, makers = suite.alone("clip_by_value", TINY, jnp.float32)
+    entered = {name: make(arrays) for name, make in makers.items() if name != "torch"}
+    timed = timing.race(entered, arrays, rounds=3)
     about = {"shapes": "tiny", "dtype": "float32", "context": "alone", "rule": "r"}
     line = report.record(about, "optclip", timed, 54 * 4, reads_params=False)
     assert len(timed["optclip"].seconds) == 3 and line["seconds"] > 0
@@ -80,8 +83,9 @@ def test_a_race_takes_turns_and_its_record_holds_the_ratios():
 
 def test_compiling_is_raced_from_cold_caches():
     about = {"shapes": "tiny", "dtype": "float32", "context": "compile", "rule": "-"}
-    makers = suite.compiled("clip_by_block_rms", TINY, jnp.float32)
-    timed = timing.race({n: make() for n, make in makers.items()}, 2, warm_up=0)
+    arrays, makers = suite.compiled("clip_by_block_rms", TINY, jnp.float32)
+    entered = {name: make(arrays) for name, make in makers.items()}
+    timed = timing.race(entered, arrays, 2, warm_up=0)
     line = report.record(about, "optclip", timed, 54 * 4, reads_params=False)
     assert line["seconds"] > 1e-3  # a call of what is compiled takes microseconds
     assert set(line["over"]) == {"optax"}
