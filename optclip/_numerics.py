@@ -79,10 +79,18 @@ def range_of(dtype: Any) -> Range:
     return Range(2.0 ** (int(info.minexp) // 2), 2.0**up, 2.0**-down)
 
 
+@jax.custom_jvp
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The square root, with derivative 0 instead of infinity at 0."""
-    zero = x == 0
-    return jnp.where(zero, x, jnp.sqrt(jnp.where(zero, jnp.ones_like(x), x)))
+    return jnp.sqrt(x)
+
+
+@safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals: Any, tangents: Any) -> Any:
+    root = safe_sqrt(*primals)
+    zero = root == 0
+    half = 0.5 / jnp.where(zero, 1, root)
+    return root, jnp.where(zero, 0, half) * tangents[0]
 
 
 @jax.custom_jvp
@@ -100,7 +108,7 @@ def _factor(size: jax.Array, target: jax.Array) -> jax.Array:
     info = jnp.finfo(size.dtype)
     half = 2.0 ** (int(info.maxexp) // 2)
     # A size so small that this product vanishes has no target below it.
-    flushed = (target < size * 2.0 ** (int(info.minexp) + 26)) & (target != 0)
+    flushed = target < size * 2.0 ** (int(info.minexp) + 26)
     empty = size == 0
     wanted = jnp.where(empty, 1, jnp.where(flushed, target * -half, target))
     # Where the size is not finite, a target of 0 still gives 0.

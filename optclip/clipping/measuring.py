@@ -45,16 +45,18 @@ def measured(
     if learns:
         known = [jnp.where(limit < jnp.inf, limit, 0) for limit in known]
     edges = _edges(gathered, measure, rough)
-    blocks = zip(in_blocks, known, stacked(gathered, edges), strict=True)
+    blocks = zip(in_blocks, known, _edges_of_blocks(gathered, edges), strict=True)
     doubt = joined(ANY, [jnp.any(_is_doubtful(*block)) for block in blocks])
     doubt = _meshes.anywhere(doubt, _divided(gathered, doubt))
 
     def again() -> tuple[list[jax.Array], Any]:
         scales_of = _scales(gathered, measure, edges)
-        fresh = totals(gathered, measure, scales_of(rough))
-        # Found anew, as the barriers have it, rather than kept while everything is
-        # summed: a number a unit, 0.2 % of bfloat16 gradients for AGC.
-        scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
+        scales = scales_of(rough)
+        fresh = totals(gathered, measure, scales)
+        if not gathered.joint:
+            # Found anew, as the barriers have it, rather than kept while everything is
+            # summed: a number a unit, 0.2 % of bfloat16 gradients for AGC.
+            scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
         precise = _lowered(gathered, measure, fresh, scales)
         # Groups in range keep the bits that they have when no group is in doubt.
         choices = zip(scales, rough, precise, strict=True)
@@ -187,14 +189,25 @@ def _size(
 def _edges(
     gathered: Gathered, measure: Measure, sizes: list[jax.Array]
 ) -> list[jax.Array]:
-    """The size of every group below which its summands may have vanished."""
+    """The size of every group below which its summands may have vanished.
+
+    Groups that share an edge share one array, since each has to be compiled.
+    """
     tiny = jnp.asarray(_numerics.range_of(gathered.wide).tiny, gathered.wide)
-    counts = {group.count for group in gathered.groups}
-    by_count = {count: measure.lower(tiny, count) for count in counts}
+
+    @functools.cache
+    def edge(count: float, rank: int) -> jax.Array:
+        return measure.lower(tiny, count).reshape((1,) * rank)
+
     return [
-        by_count[group.count].reshape((1,) * size.ndim)
+        edge(group.count if measure.averages else 1, size.ndim)
         for group, size in zip(gathered.groups, sizes, strict=True)
     ]
+
+
+def _edges_of_blocks(gathered: Gathered, edges: list[jax.Array]) -> list[jax.Array]:
+    shared = gathered.joint and all(edge is edges[0] for edge in edges)
+    return [edges[0].reshape(())] if shared else stacked(gathered, edges)
 
 
 @jax.jit

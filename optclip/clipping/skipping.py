@@ -6,6 +6,7 @@
 It stands around an optimizer, where a clip stands before one.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,7 @@ def skip_step(
             lambda u: _numerics.choose(skip, jnp.zeros_like(u), u), moved
         )
         inner_state = jax.tree.map(
-            lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
+            functools.partial(_numerics.choose, skip), state.inner_state, inner_state
         )
         counted = SkipMetrics(
             jnp.where(
