@@ -46,7 +46,7 @@ def measured(
         known = [jnp.where(limit < jnp.inf, limit, 0) for limit in known]
     edges = _edges(gathered, measure, rough)
     blocks = zip(in_blocks, known, _edges_of_blocks(gathered, edges), strict=True)
-    doubt = joined(ANY, [jnp.any(_is_doubtful(*block)) for block in blocks])
+    doubt = joined(ANY, [_has_doubts(*block) for block in blocks])
     doubt = _meshes.anywhere(doubt, _divided(gathered, doubt))
 
     def again() -> tuple[list[jax.Array], Any]:
@@ -211,8 +211,19 @@ def _edges_of_blocks(gathered: Gathered, edges: list[jax.Array]) -> list[jax.Arr
 
 
 @jax.jit
-def _is_doubtful(size: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
-    return ~jnp.isfinite(size) | ((size < edge) & ~(limit >= edge))
+def _has_doubts(size: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
+    """Whether a block has a size that overflowed, or vanished where it matters.
+
+    Two flags reduced together: one by itself XLA:CPU writes to memory first, and then
+    reduces it in three kernels.
+    """
+    lost, vanished = jax.lax.reduce(
+        (~jnp.isfinite(size), (size < edge) & ~(limit >= edge)),
+        (False, False),
+        lambda a, b: (a[0] | b[0], a[1] | b[1]),
+        tuple(range(size.ndim)),
+    )
+    return lost | vanished
 
 
 def _never_leaves_range(gathered: Gathered, measure: Measure) -> bool:
