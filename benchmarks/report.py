@@ -226,14 +226,17 @@ def draw(results: Results, path: pathlib.Path) -> None:
             times = [1e3 * line["seconds"] if line else 0.0 for line in lines]
             right.bar(places, times, 0.25, label=library)
         for name, passes, style in (("read", 1, "--"), ("rewrite", 2, ":")):
-            floor = find({"records": alone}, name=f"floor: {name}")
-            if floor:
-                rate = passes * floor["tree_bytes"] / floor["seconds"] / 1e9
-                left.axhline(rate, ls=style, c="black", label=f"measured {name}")
+            for place, rule in enumerate(rules):  # each beside the floors of its race
+                floor = find({"records": alone}, rule=rule, name=f"floor: {name}")
+                if floor:
+                    rate = passes * floor["tree_bytes"] / floor["seconds"] / 1e9
+                    label = f"measured {name}" if place == 0 else None
+                    ends = (place - 0.45, place + 0.45)
+                    left.hlines(rate, *ends, ls=style, colors="black", label=label)
         left.set(ylabel="GB/s of the least traffic", title=f"{shapes}, {dtype}")
         right.set(ylabel="ms", yscale="log", title=f"{shapes}, {dtype}: time of a call")
         left.set_ylim(top=1.4 * left.get_ylim()[1])  # room for the legend
-        right.set_ylim(top=2.0 * right.get_ylim()[1])
+        right.set_ylim(top=3.0 * right.get_ylim()[1])
         for axis in (left, right):
             axis.set_xticks(range(len(rules)), rules, rotation=20, ha="right")
             axis.grid(axis="y", alpha=0.3)
