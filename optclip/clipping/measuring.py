@@ -118,8 +118,8 @@ def _reduced(
         x = _numerics.for_measuring(x, wide)
     else:
         # Together: a barrier on x alone would let XLA widen and scale it once more.
-        x, scale = jax.lax.optimization_barrier((x, scale))
-        x = _numerics.times(_numerics.widen(x, wide), scale)
+        x, barred = jax.lax.optimization_barrier((x, scale))
+        x = _numerics.times(_numerics.widen(x, wide), barred)
     summands = measure.lift(x)
     if not axes:
         return summands
