@@ -173,7 +173,9 @@ def main() -> None:
         choices=list(contestants.OPTCLIP),
     )
     options.add_argument("--scale", type=float, default=1.0, help="of the shapes")
-    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument(
+        "--rounds", type=int, default=15, help="100 at most: limits fall at every call"
+    )
     options.add_argument("--json", type=pathlib.Path, help="write the numbers here")
     options.add_argument("--plot", type=pathlib.Path, help="draw the picture here")
     options.add_argument(

@@ -1,10 +1,10 @@
 """What is timed: the same work through optclip, its peers, and the floors.
 
 One `step` of a contestant is one timed call: gradients in, clipped gradients (or
-stepped parameters) out, in place where the library can. The contestants of a race hand
-the same arrays on to each other, because of equal arrays some lie better in memory than
-others. A limit that falls by one percent a call keeps every group above it, so that
-each call both measures and rescales.
+stepped parameters) out, in place where the library can. In a race all contestants on
+JAX hand the same arrays on to each other, because of equal arrays some lie better in
+memory than others. A limit that falls by one percent a call keeps every group above it,
+so that each call both measures and rescales.
 """
 
 import functools
@@ -251,7 +251,7 @@ def keras_sgd(arrays: Arrays) -> Contestant:
 
 
 def pytorch(rule: str, shapes: Shapes, dtype: Any) -> Contestant:
-    """`clip_grad_norm_` or `clip_grad_value_`, of arrays of its own."""
+    """`clip_grad_norm_` or `clip_grad_value_`; of arrays of its own, unlike others."""
     import torch
 
     gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()

@@ -7,7 +7,7 @@ elements into a size:
     size = lower(combine(lift(x_1), ..., lift(x_n)), n)
 
 Every size is positively homogeneous, size(c·x) = c·size(x), which is what lets the
-engine measure in another unit where summands would overflow or vanish.
+engine measure at another scale where summands would overflow or vanish.
 
 | measure | size |
 |---|---|

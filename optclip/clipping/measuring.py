@@ -54,8 +54,8 @@ def measured(
         scales = scales_of(rough)
         fresh = totals(gathered, measure, scales)
         if not gathered.joint:
-            # Found anew, as the barriers have it, rather than kept while everything is
-            # summed: a number a unit, 0.2 % of bfloat16 gradients for AGC.
+            # Found anew, and behind barriers, or XLA would keep the first ones while it
+            # sums everything: a number a unit, 0.2 % of bfloat16 gradients for AGC.
             scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
         precise = _lowered(gathered, measure, fresh, scales)
         # Groups in range keep the bits that they have when no group is in doubt.
@@ -257,7 +257,7 @@ def _power_of_two(size: jax.Array, edge: jax.Array) -> jax.Array:
 
 @jax.jit
 def _largest(size: jax.Array, edge: jax.Array, largest: jax.Array) -> jax.Array:
-    """One over the largest element, if that is a normal number."""
+    """One over the largest element, capped to be normal; 1 for groups in range."""
     fits = jnp.isfinite(size) & ~(size < edge)
     usable = ~fits & (largest > 0) & jnp.isfinite(largest)
     capped = jnp.minimum(largest, 2.0 ** (int(jnp.finfo(largest.dtype).maxexp) - 3))

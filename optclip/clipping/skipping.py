@@ -6,7 +6,6 @@
 It stands around an optimizer, where a clip stands before one.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,8 +129,8 @@ def skip_step(
         moved = jax.tree.map(
             lambda u: _numerics.choose(skip, jnp.zeros_like(u), u), moved
         )
-        inner_state = jax.tree.map(
-            functools.partial(_numerics.choose, skip), state.inner_state, inner_state
+        inner_state = jax.tree.map(  # of any kind, and old and new of any two dtypes
+            lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
         )
         counted = SkipMetrics(
             jnp.where(

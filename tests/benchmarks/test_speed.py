@@ -36,10 +36,11 @@ def test_scale_is_about_proportional(name):
     assert 2.5 < count[0] / count[1] < 6
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("rule", ["clip_by_global_norm", "clip_by_block_rms"])
-def test_every_call_clips(rule):
+def test_every_call_clips(rule, dtype):
     """What is timed is a rescaling, not the shorter way of what is within its limit."""
-    arrays = contestants.gradients(TINY, jnp.float32)
+    arrays = contestants.gradients(TINY, dtype)
     entered = {
         "floor": contestants.rewriting(arrays),
         "optclip": contestants.clipping(contestants.OPTCLIP[rule], arrays),
@@ -55,7 +56,7 @@ def test_every_call_clips(rule):
 
 
 def test_libraries_do_the_same():
-    """Ours and Optax's, alone and before AdamW."""
+    """Ours and Optax's, without parameters and with them."""
     for params, rule in ((False, "clip_by_block_rms"), (True, "adaptive_grad_clip")):
         found = []
         for library in (contestants.OPTCLIP, contestants.OPTAX):
@@ -79,6 +80,18 @@ def test_a_race_takes_turns_and_its_record_holds_the_ratios():
     assert line["temporary_bytes"] >= 0 and line["collectives"] == 0
     results = {"records": [line], "versions": {}, "device": "d", "scale": 1.0}
     assert "tiny float32 alone r" in report.terminal(results)
+
+
+@pytest.mark.parametrize("race", ["learned", "sgd", "adamw"])
+def test_races_of_several_rules_run(race):
+    """Each contestant goes on where another one stopped."""
+    if race == "learned":
+        arrays, makers = suite.learned(TINY, jnp.bfloat16)
+    else:
+        arrays, makers = suite.before(race, TINY, jnp.bfloat16)
+        makers.pop("keras global_clipnorm", None)  # may not be installed
+    timed = timing.race({n: make(arrays) for n, make in makers.items()}, arrays, 2)
+    assert all(len(own.seconds) == 2 for own in timed.values())
 
 
 def test_compiling_is_raced_from_cold_caches():

@@ -360,6 +360,35 @@ def test_multi_steps(outside):
 
 
 @FOR_ADAM
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [(), (2,), (3,)], ids=str)
+def test_half_precision(shape, dtype):
+    """Parameters in bfloat16: Adam's moments take the gradients' dtype as they come."""
+    params, grads = jnp.ones(shape, jnp.bfloat16), jnp.ones(shape, dtype)
+    inner = optax.scale_by_adam()
+    tx = optclip.skip_step(inner, 10.0)
+    updates, state = tx.update(grads, tx.init(params), params)
+    expected, alone = inner.update(grads, inner.init(params), params)
+    chex.assert_trees_all_equal((updates, state.inner_state), (expected, alone))
+    chex.assert_trees_all_equal_dtypes(updates, expected)
+    dropped, after = tx.update(grads * jnp.nan, state, params)
+    np.testing.assert_array_equal(dropped, np.zeros(shape))
+    chex.assert_trees_all_equal(after.inner_state, alone)
+
+
+def test_an_inner_state_of_python_numbers():
+    def update(updates, state, params=None):
+        return updates, {"count": state["count"] + 1, "on": not state["on"]}
+
+    holder = optax.GradientTransformation(lambda _: {"count": 0, "on": True}, update)
+    tx = optclip.skip_step(holder, 10.0)
+    _, state = tx.update(jnp.ones(()), tx.init(jnp.ones(())))
+    assert (state.inner_state["count"], state.inner_state["on"]) == (1, False)
+    _, state = tx.update(jnp.full((), jnp.nan), state)
+    assert (state.inner_state["count"], state.inner_state["on"]) == (1, False)
+
+
+@FOR_ADAM
 def test_linen_train_state():
     tx = optclip.skip_step(optax.adam(0.1), 10.0)
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)

@@ -44,6 +44,7 @@ class Row(NamedTuple):
       ulps: how far jit may be from eager: a limit that is an exponential of a logarithm
         is rounded as XLA pleases.
       least_limit: positive limits below it may not give the oracle's outputs.
+      fuses: whether an optimizer's kernels clip what they read, or the reason not.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Row(NamedTuple):
     complex: bool | str = True
     ulps: int = 2
     least_limit: float = 0.0
+    fuses: bool | str = True
 
 
 def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Callable:
@@ -74,6 +76,7 @@ def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Cal
 
 
 REAL = "an interval says nothing about complex numbers, so clip_by_value raises"
+TWO_ARRAYS = "XLA writes once what it would have to make twice from two whole arrays"
 FLAT = "flat: it measures nothing, so it keeps no state"
 SMOOTH = "smooth shrinks every group, by its definition"
 EPS = "div_eps > 0 is PyTorch's convention, which shrinks a group at its limit"
@@ -273,7 +276,9 @@ ROWS = [
     _adaptive("adagc", "leaf", warmup_steps=2),
     _adaptive("quantile_clip"),
     _adaptive("norm_growth_clip", "leaf"),
-    _adaptive("second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1),
+    _adaptive(
+        "second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1
+    )._replace(fuses=TWO_ARRAYS),
     _adaptive("adaptive_grad_clip", "unit", clipping=0.5)._replace(needs_params=True),
     Row(
         "skip_step",

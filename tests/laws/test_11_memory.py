@@ -181,24 +181,16 @@ def stepping(tx: optax.GradientTransformation, dtype: Any) -> Any:
     return lowered.compile()
 
 
-# A group of several leaves, of one, of a part of one and of one number; none at all.
-BEFORE_AN_OPTIMIZER = [
-    "clip_by_global_norm",
-    "clip_by_block_rms",
-    "adaptive_grad_clip",
-    "clip_by-per_element",
-    "monitor",
-]
-
-
 @on_cpu
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("name", BEFORE_AN_OPTIMIZER)
-def test_an_optimizer_scales_what_it_reads(name: str, dtype: jnp.dtype):
+@pytest.mark.parametrize("row", rows("clip", "adaptive", "elementwise", "measuring"))
+def test_an_optimizer_clips_what_it_reads(row: Row, dtype: jnp.dtype):
     """AdamW's two kernels each clip a gradient themselves: it is never written."""
-    (row,) = (row for row in ROWS if row.name == name)
+    if row.batched:
+        pytest.skip("leaves of examples share a leading axis, these do not")
     program = stepping(optax.chain(row.build(1.0), optax.adamw(1e-3)), dtype)
-    assert temporary_share(program, dtype) < 0.015
+    written = temporary_share(program, dtype)
+    assert written < 0.015 if row.fuses is True else written > 0.9
 
 
 def test_clipping_weights_costs_nothing_beside_the_optimizer():
