@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,9 +50,10 @@ def test_every_call_clips(rule, dtype):
     own = {name: contestant.own for name, contestant in entered.items()}
     for number in range(9):
         name = list(entered)[number % 3]
-        before = np.asarray(arrays.tree["kernel"])
+        before = np.linalg.norm(np.asarray(arrays.tree["kernel"], np.float32))
         arrays, own[name] = entered[name].step(arrays, own[name], 0.5 * 0.99**number)
-        assert np.all(np.abs(arrays.tree["kernel"]) < np.abs(before))
+        after = np.linalg.norm(np.asarray(arrays.tree["kernel"], np.float32))
+        assert after <= before if name == "floor" else after < before
     assert own["optclip"].metrics.clipped_steps == 3
 
 
@@ -90,7 +92,9 @@ def test_races_of_several_rules_run(race):
     else:
         arrays, makers = suite.before(race, TINY, jnp.bfloat16)
         makers.pop("keras global_clipnorm", None)  # may not be installed
-    timed = timing.race({n: make(arrays) for n, make in makers.items()}, arrays, 2)
+    with jax.numpy_dtype_promotion("standard"):  # which Optax's optimizers need
+        entered = {name: make(arrays) for name, make in makers.items()}
+    timed = timing.race(entered, arrays, rounds=2)
     assert all(len(own.seconds) == 2 for own in timed.values())
 
 
