@@ -31,8 +31,9 @@ def measured(
     the one ordinary pass, a second, at a better scale, runs only if a total is not
     finite, or is tiny and its limit (None or 0: unknown) tinier: never for groups that
     are merely zero under an ordinary limit. A limit that `learns` is unknown while it
-    is infinite: what it learns first has to be right. Choosing costs nothing at run
-    time; three accumulators in one pass would cost 4x.
+    is infinite: what it learns first has to be right. Choosing costs no pass, but no
+    leaf is scaled before all are measured: a fifth of the time on CPU where each could
+    be scaled from the cache. Three accumulators in one pass would cost 4x.
     """
     rough = _lowered(gathered, measure, totals(gathered, measure))
     in_blocks = stacked(gathered, rough)
@@ -55,7 +56,8 @@ def measured(
         fresh = totals(gathered, measure, scales)
         if not gathered.joint:
             # Found anew, and behind barriers, or XLA would keep the first ones while it
-            # sums everything: a number a unit, 0.2 % of bfloat16 gradients for AGC.
+            # sums everything: AGC's temporary bytes would be 1.07 % of the gradients of
+            # GPT-2 in bfloat16 instead of 0.85 %.
             scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
         precise = _lowered(gathered, measure, fresh, scales)
         # Groups in range keep the bits that they have when no group is in doubt.
@@ -206,24 +208,17 @@ def _edges(
 
 
 def _edges_of_blocks(gathered: Gathered, edges: list[jax.Array]) -> list[jax.Array]:
+    """An edge for every block: one number for all groups of a vector that share it."""
     shared = gathered.joint and all(edge is edges[0] for edge in edges)
     return [edges[0].reshape(())] if shared else stacked(gathered, edges)
 
 
 @jax.jit
 def _has_doubts(size: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
-    """Whether a block has a size that overflowed, or vanished where it matters.
-
-    Two flags reduced together: one by itself XLA:CPU writes to memory first, and then
-    reduces it in three kernels.
-    """
-    lost, vanished = jax.lax.reduce(
-        (~jnp.isfinite(size), (size < edge) & ~(limit >= edge)),
-        (False, False),
-        lambda a, b: (a[0] | b[0], a[1] | b[1]),
-        tuple(range(size.ndim)),
-    )
-    return lost | vanished
+    """Whether a block has a size that overflowed, or vanished where it matters."""
+    vanished = (size < edge) & ~(limit >= edge)
+    lost, small = _numerics.any_of_both(~jnp.isfinite(size), vanished)
+    return lost | small
 
 
 def _never_leaves_range(gathered: Gathered, measure: Measure) -> bool:

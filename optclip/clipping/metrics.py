@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import _meshes, _paths
+from optclip import _meshes, _numerics, _paths
 from optclip.clipping.groupings import Grouping
 
 
@@ -167,15 +167,9 @@ def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
 
 @jax.jit
 def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
-    # As large as the leaf, and XLA:CPU writes a comparison to memory before it reduces
-    # it, unless two are reduced together: then it makes both on the way, in one read.
     finite = jnp.isfinite(size)
-    clipped, nonfinite = jax.lax.reduce(
-        (finite & (size > jnp.maximum(limit, 0)), ~finite),
-        (False, False),
-        lambda a, b: (a[0] | b[0], a[1] | b[1]),
-        tuple(range(size.ndim)),
-    )
+    over = finite & (size > jnp.maximum(limit, 0))
+    clipped, nonfinite = _numerics.any_of_both(over, ~finite)
     unknown, one = jnp.zeros((), size.dtype), jnp.ones((), size.dtype)
     flags = clipped.astype(size.dtype), nonfinite.astype(size.dtype)
     return _Summary(unknown, unknown, unknown, *flags, unknown, one)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _numerics
 from optclip.clipping.groupings import Grouping, per_leaf
 from optclip.projections.base import Set, extent_of
 from optclip.projections.norms import checked_radius, margin, norm_in, scaled, units
+from optclip.projections.rounding import bound_towards
 
 
 def l2_ball(
@@ -85,12 +85,12 @@ def _ball(rule: str, grouping: Grouping, axis_name: Any, **named: Any) -> Set:
     radius = checked_radius(rule, **named)
 
     def project(x: jax.Array, size: jax.Array, memory: Any) -> jax.Array:
-        limit = _numerics.bound_towards(radius, size.dtype, 0.0)
+        limit = bound_towards(radius, size.dtype, 0.0)
         target = limit * (1 - margin(x.dtype, size.dtype))
         return scaled(x, size, jnp.where(size <= target, size, target))
 
     def contains(x: jax.Array, size: jax.Array, memory: Any) -> jax.Array:
-        return size <= _numerics.bound_towards(radius, size.dtype, 0.0)
+        return size <= bound_towards(radius, size.dtype, 0.0)
 
     extent = extent_of(rule, grouping, axis_name)
     # Below 2^-30 of the radius a norm need not be known: it lies inside.

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip import _checks, _meshes, _numerics
+from optclip import _checks, _meshes
 from optclip.clipping.groupings import Shape, per_element
 from optclip.clipping.measures import max_abs
 from optclip.clipping.norms import global_norm
 from optclip.projections.base import Extent, Set, as_it_is, extent_of
+from optclip.projections.rounding import bound_towards
 
 
 def box(lower: ArrayLike, upper: ArrayLike) -> Set:
@@ -125,7 +126,7 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
         scale = jnp.where(free, 1, memory[0])
         reach = jnp.maximum(jnp.asarray(kappa, jnp.float32) * scale, 0)
         reach = jnp.where(free, jnp.inf, reach)
-        upper = _numerics.bound_towards(reach, x.dtype, 0.0)
+        upper = bound_towards(reach, x.dtype, 0.0)
         return -upper, upper
 
     def project(x: jax.Array, seen: Extent, memory: jax.Array) -> jax.Array:
@@ -157,8 +158,8 @@ def _interval(rule: str, lower: ArrayLike, upper: ArrayLike) -> Set:
 
     def bounds(dtype: Any) -> tuple[jax.Array, jax.Array]:
         return (
-            _numerics.bound_towards(low, dtype, np.inf),
-            _numerics.bound_towards(high, dtype, -np.inf),
+            bound_towards(low, dtype, np.inf),
+            bound_towards(high, dtype, -np.inf),
         )
 
     def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:

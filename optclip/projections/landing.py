@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip import _numerics
+from optclip.projections.rounding import neighbour, rounded
 
 
 def wide_sum(p: jax.Array, u: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ def applied(p: jax.Array, u: jax.Array) -> jax.Array:
     """
     if jnp.iscomplexobj(p):
         return jax.lax.complex(applied(p.real, u.real), applied(p.imag, u.imag))
-    return _numerics.rounded(wide_sum(p, u), p.dtype).astype(p.dtype)
+    return rounded(wide_sum(p, u), p.dtype).astype(p.dtype)
 
 
 def settled(u: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def settled(u: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(u):
         return jax.lax.complex(settled(u.real), settled(u.imag))
     if jnp.finfo(u.dtype).bits < 32:
-        return _numerics.rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
+        return rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
     # A product that ends in a clamp cannot melt into the sum that follows.
     largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
     return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
@@ -68,21 +68,21 @@ def landing(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.
     start, y, goal = p.astype(wide), y.astype(wide), target.astype(wide)
 
     def reached(step: jax.Array) -> jax.Array:
-        return _numerics.rounded(start + step, p.dtype)
+        return rounded(start + step, p.dtype)
 
     # A difference too large for one update takes two.
     info = jnp.finfo(u.dtype)
     difference = jnp.clip(goal - start, float(info.min), float(info.max))
-    step, upward = _numerics.rounded(difference, u.dtype), goal > y
+    step, upward = rounded(difference, u.dtype), goal > y
     at = reached(step)
     short = jnp.where(upward, at < goal, at > goal)
-    step = jnp.where(short, _numerics.neighbour(step, u.dtype, upward), step)
+    step = jnp.where(short, neighbour(step, u.dtype, upward), step)
     # Where the target is finer than p's own spacing, a step may lead far beyond it. If
     # zero is nearer and on the way, it can be reached from everywhere; and it is within
     # any convex set that p and target are in, or that shrinks its points towards zero.
     at, side = reached(step), jnp.sign(goal)
     passes_zero = (side * jnp.sign(start) < 0) | (side * jnp.sign(at) < 0)
     far = jnp.abs(at - goal) > jnp.abs(goal)
-    to_zero = _numerics.rounded(-start, u.dtype)
+    to_zero = rounded(-start, u.dtype)
     step = jnp.where(passes_zero & far, to_zero, step)
     return jnp.where(goal == y, u, step.astype(u.dtype))

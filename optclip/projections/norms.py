@@ -20,6 +20,7 @@ from optclip.clipping.groupings import Grouping, in_range, per_unit
 from optclip.clipping.measures import l2
 from optclip.projections.base import Extent
 from optclip.projections.boxes import bound_array
+from optclip.projections.rounding import bound_towards, rounded, rounded_towards
 
 MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
 
@@ -60,7 +61,7 @@ def norm_in(radius: Any, room: int = 0) -> Callable[[jax.Array, Extent], jax.Arr
 
     def measure(x: jax.Array, extent: Extent) -> jax.Array:
         wide = _numerics.wide_dtype(x.dtype)
-        unit = _power_of_two(_numerics.bound_towards(radius, wide, 0.0), room)
+        unit = _power_of_two(bound_towards(radius, wide, 0.0), room)
         squares = l2.lift(_numerics.times(_numerics.widen(x, wide), 1 / unit))
         total = jnp.sum(squares, extent.axes, keepdims=True)
         if extent.mesh:
@@ -97,5 +98,5 @@ def _fitted(w: jax.Array, dtype: Any, grows: jax.Array, nearest: bool) -> jax.Ar
         real = _fitted(w.real, part, grows, nearest)
         return jax.lax.complex(real, _fitted(w.imag, part, grows, nearest))
     if nearest:
-        return _numerics.rounded(w, dtype).astype(dtype)
-    return _numerics.rounded_towards(w, dtype, (w > 0) == grows).astype(dtype)
+        return rounded(w, dtype).astype(dtype)
+    return rounded_towards(w, dtype, (w > 0) == grows).astype(dtype)

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from optclip import _checks, _numerics, _paths
 from optclip.projections.landing import applied, landing, settled
+from optclip.projections.rounding import rounded
 
 NAME = "max_logits"
 
@@ -239,5 +240,5 @@ def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
     factor = factor.reshape(*stack, *(1,) * between, factor.shape[-1], 1)
     wide = _numerics.wide_dtype(p.dtype)
     moved = y.astype(wide) * factor.astype(wide)
-    moved = _numerics.rounded(moved, p.dtype).astype(p.dtype)
+    moved = rounded(moved, p.dtype).astype(p.dtype)
     return landing(p, u, y, jnp.where(factor == 1, y, moved))

@@ -27,6 +27,7 @@ from optclip.projections.base import (
     require_whole,
 )
 from optclip.projections.boxes import bound_array
+from optclip.projections.rounding import bound_towards, rounded, rounded_towards
 
 
 def l1_ball(
@@ -60,7 +61,7 @@ def l1_ball(
 
     def project(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
         w, back = _rows(x, extent)
-        goal = _numerics.bound_towards(bound, w.dtype, 0.0)
+        goal = bound_towards(bound, w.dtype, 0.0)
         goal = goal * (1 - 2 * float(jnp.finfo(w.dtype).eps))
         nearest = _each(optax.projections.projection_l1_ball, w, goal)
         total = jnp.sum(jnp.abs(nearest), axis=-1, keepdims=True)
@@ -68,13 +69,13 @@ def l1_ball(
         polished = jnp.where(goal > 0, polished, 0)
         size = jnp.sum(jnp.abs(w), axis=-1, keepdims=True)
         polished = jnp.where(jnp.isfinite(size), polished, jnp.nan)
-        inward = _numerics.rounded_towards(polished, x.dtype, polished < 0)
+        inward = rounded_towards(polished, x.dtype, polished < 0)
         return back(jnp.where(size <= goal, w, inward)).astype(x.dtype)
 
     def contains(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
         w = x.astype(_numerics.wide_dtype(x.dtype))
         total = jnp.sum(jnp.abs(w), extent.axes, keepdims=True)
-        return total <= _numerics.bound_towards(bound, w.dtype, 0.0)
+        return total <= bound_towards(bound, w.dtype, 0.0)
 
     return Set(_extent("l1_ball", grouping), as_it_is, project, contains)
 
@@ -116,7 +117,7 @@ def simplex(
         polished = nearest * (goal / found)
         size = jnp.sum(jnp.abs(w), axis=-1, keepdims=True)
         polished = jnp.where(jnp.isfinite(size), polished, jnp.nan)
-        return back(_numerics.rounded(polished, x.dtype)).astype(x.dtype)
+        return back(rounded(polished, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
         w = x.astype(_numerics.wide_dtype(x.dtype))

@@ -28,6 +28,7 @@ from optclip.projections.base import (
     require_whole,
 )
 from optclip.projections.boxes import bound_array
+from optclip.projections.rounding import bound_towards, rounded
 
 
 class Sides(NamedTuple):
@@ -83,7 +84,7 @@ def spectral_ball(
 
     def project(x: jax.Array, sides: Sides, memory: Any) -> jax.Array:
         w, back = _matrices(x, sides)
-        goal = _numerics.bound_towards(bound, w.dtype, 0.0)
+        goal = bound_towards(bound, w.dtype, 0.0)
         goal = goal * (1 - 2 * float(jnp.finfo(x.dtype).eps))
         scaled = w / goal
         if iterations is None:
@@ -92,7 +93,7 @@ def spectral_ball(
             capped = _capped_by_products(scaled, iterations)
         inside = jnp.all(capped == scaled, axis=(-2, -1), keepdims=True)
         capped = jnp.where(inside, w, capped * goal)
-        return back(_numerics.rounded(capped, x.dtype)).astype(x.dtype)
+        return back(rounded(capped, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, sides: Sides, memory: Any) -> jax.Array:
         return _largest(x, sides, lambda s: s, 0) <= bound
@@ -139,7 +140,7 @@ def orthogonal(
             polar = _mapped(w, POLAR)
         else:
             polar = _polar_by_products(w, iterations)
-        return back(_numerics.rounded(polar, x.dtype)).astype(x.dtype)
+        return back(rounded(polar, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, sides: Sides, memory: Any) -> jax.Array:
         slack = 4 * float(jnp.finfo(x.dtype).eps)

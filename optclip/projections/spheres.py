@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip import _checks, _numerics
+from optclip import _checks
 from optclip.clipping.groupings import Grouping, per_leaf
 from optclip.projections.base import Set, extent_of
 from optclip.projections.norms import checked_radius, margin, norm_in, scaled, units
+from optclip.projections.rounding import bound_towards
 
 
 def norm_sphere(
@@ -114,8 +115,8 @@ def norm_range(
 
     def ends(dtype: Any, wide: Any) -> tuple[jax.Array, jax.Array]:
         inner = margin(dtype, wide)
-        low = _numerics.bound_towards(min_value, wide, np.inf) * (1 + inner)
-        high = _numerics.bound_towards(max_value, wide, 0.0) * (1 - inner)
+        low = bound_towards(min_value, wide, np.inf) * (1 + inner)
+        high = bound_towards(max_value, wide, 0.0) * (1 - inner)
         middle = low + (high - low) / 2  # where there is no room for margins
         return jnp.minimum(low, middle), jnp.maximum(high, middle)
 

@@ -50,10 +50,11 @@ def test_every_call_clips(rule, dtype):
     own = {name: contestant.own for name, contestant in entered.items()}
     for number in range(9):
         name = list(entered)[number % 3]
-        before = np.linalg.norm(np.asarray(arrays.tree["kernel"], np.float32))
+        before = np.abs(arrays.tree["kernel"])
         arrays, own[name] = entered[name].step(arrays, own[name], 0.5 * 0.99**number)
-        after = np.linalg.norm(np.asarray(arrays.tree["kernel"], np.float32))
-        assert after <= before if name == "floor" else after < before
+        after = np.abs(arrays.tree["kernel"])
+        # The floor's factor is nearly one, and in bfloat16 one.
+        assert np.all(after <= before if name == "floor" else after < before)
     assert own["optclip"].metrics.clipped_steps == 3
 
 

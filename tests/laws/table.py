@@ -332,6 +332,8 @@ class Constraint(NamedTuple):
       complex: whether it takes complex leaves, or the reason not.
       fuses: whether it needs no copy of a leaf, or the reason not.
       mapped: whether it works inside `shard_map`, or the reason not.
+      digits: whether each entry keeps its digits however XLA orders the sums, or the
+        reason why only those beside a matrix's largest entry do.
     """
 
     name: str
@@ -344,11 +346,13 @@ class Constraint(NamedTuple):
     complex: bool | str = True
     fuses: bool | str = True
     mapped: bool | str = True
+    digits: bool | str = True
 
 
 ORDER = "of complex numbers none is larger than another"
 SORTS = "it sorts"
 FACTORISES = "it factorises matrices"
+MULTIPLIES = "products of matrices are rounded beside their largest entries"
 WHOLE = "points in parts cannot be joined by a sum"
 sets = optclip.sets
 
@@ -450,6 +454,7 @@ PROJECTIONS = [
         complex=ORDER,
         fuses=FACTORISES,
         mapped=WHOLE,
+        digits=MULTIPLIES,
     ),
     Constraint(
         "orthogonal",

@@ -31,6 +31,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+KINDS = ("clip", "adaptive", "elementwise", "measuring")
+
+
+def fitting(*kinds: str) -> pytest.MarkDecorator:
+    """The rows that take these leaves, which share no leading axis of examples."""
+    return pytest.mark.parametrize(
+        "row", [case for case in rows(*kinds) if not case.values[0].batched]
+    )
+
+
+EVERY, BEFORE_AN_OPTIMIZER = fitting(*KINDS, "wrapper"), fitting(*KINDS)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__
+)
+
+
 def compiled(tx: optax.GradientTransformation, dtype: jnp.dtype) -> Any:
     """One update of the slice."""
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
@@ -52,13 +68,9 @@ def temporary_share(program: Any, dtype: jnp.dtype, shapes: Shapes = SHAPES) -> 
     return temporary / (total * jnp.dtype(dtype).itemsize)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize(
-    "row", rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
-)
+@DTYPES
+@EVERY
 def test_no_temporary_copy(row: Row, dtype: jnp.dtype):
-    if row.batched:
-        pytest.skip("leaves of examples share a leading axis, these do not")
     assert temporary_share(compiled_row(row.name, dtype), dtype) < 0.01
 
 
@@ -97,14 +109,10 @@ def kernels_that_read(program: Any, shape: tuple[int, ...]) -> list[int]:
 
 
 @on_cpu
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize(
-    "row", rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
-)
+@DTYPES
+@EVERY
 def test_passes_over_a_leaf(row: Row, dtype: jnp.dtype):
     """Gradients are read twice at most, parameters once."""
-    if row.batched:
-        pytest.skip("leaves of examples share a leading axis, these do not")
     expected = KERNELS.get(row.name, KERNELS.get(row.kind, 2))
     seen = kernels_that_read(compiled_row(row.name, dtype), SHAPES["mlp/down"])
     if row.needs_params:
@@ -137,7 +145,7 @@ def test_what_another_leaf_costs_to_compile(ours, theirs, times):
     assert each(ours(1.0)) <= times * each(theirs(1.0))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@DTYPES
 def test_no_temporary_copy_on_its_own(dtype: jnp.dtype):
     grads = [jax.ShapeDtypeStruct(shape, dtype) for shape in SHAPES.values()]
     compiled = jax.jit(optclip.global_norm).lower(grads).compile()
@@ -154,7 +162,7 @@ def test_the_measure_of_memory_sees_a_copy():
         assert share > 1.0
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@DTYPES
 @pytest.mark.parametrize("row", projections(fuses=True))
 def test_projections_keep_no_temporary_copy(row: Constraint, dtype: jnp.dtype):
     if row.points != "element" and not hasattr(jax, "set_mesh"):
@@ -185,12 +193,10 @@ def stepping(
 
 
 @on_cpu
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("row", rows("clip", "adaptive", "elementwise", "measuring"))
+@DTYPES
+@BEFORE_AN_OPTIMIZER
 def test_an_optimizer_clips_what_it_reads(row: Row, dtype: jnp.dtype):
     """AdamW's two kernels each clip a gradient themselves: it is never written."""
-    if row.batched:
-        pytest.skip("leaves of examples share a leading axis, these do not")
     shapes = {path: SHAPES[path] for path in ("mlp/down", "attention/bias")}
     program = stepping(optax.chain(row.build(1.0), optax.adamw(1e-3)), dtype, shapes)
     written = temporary_share(program, dtype, shapes)
