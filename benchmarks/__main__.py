@@ -61,17 +61,19 @@ def learned(tree: Shapes, dtype: Any) -> tuple[Arrays, Makers]:
     return contestants.gradients(tree, dtype), found
 
 
+BEFORE = {
+    "sgd": ["clip_by_global_norm"],
+    "adamw": ["clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"],
+}
+
+
 def before(optimizer: str, tree: Shapes, dtype: Any) -> tuple[Arrays, Makers]:
     """The optimizer alone, and behind a clip of each library."""
     step = {"adamw": optax.adamw(1e-3), "sgd": optax.sgd(1e-3)}[optimizer]
-    rules: dict[str, contestants.Rule] = {
-        "alone": lambda limit: optax.identity(),
-        "optclip clip_by_global_norm": optclip.clip_by_global_norm,
-        "optax clip_by_global_norm": optax.clip_by_global_norm,
-    }
-    if optimizer == "adamw":
-        rules["optclip adaptive_grad_clip"] = optclip.adaptive_grad_clip
-        rules["optax adaptive_grad_clip"] = optax.adaptive_grad_clip
+    rules: dict[str, contestants.Rule] = {"alone": lambda limit: optax.identity()}
+    for rule in BEFORE[optimizer]:
+        rules[f"optclip {rule}"] = contestants.OPTCLIP[rule]
+        rules[f"optax {rule}"] = contestants.OPTAX[rule]
     found: Makers = {
         name: functools.partial(contestants.optimizing, rule, step)
         for name, rule in rules.items()
@@ -135,7 +137,7 @@ def run(
         except ImportError:
             continue  # a peer that is not installed
     if about["context"] == "compile":
-        timed = timing.race(entered, arrays, max(3, rounds // 3), warm_up=1)
+        timed = timing.race(entered, arrays, max(3, rounds // 9), warm_up=1)
     else:
         timed = timing.race(entered, arrays, rounds)
     tree = shapes.SETS[about["shapes"]](scale)
@@ -174,7 +176,7 @@ def main() -> None:
     )
     options.add_argument("--scale", type=float, default=1.0, help="of the shapes")
     options.add_argument(
-        "--rounds", type=int, default=15, help="100 at most: limits fall at every call"
+        "--rounds", type=int, default=45, help="100 at most: limits fall at every call"
     )
     options.add_argument("--json", type=pathlib.Path, help="write the numbers here")
     options.add_argument("--plot", type=pathlib.Path, help="draw the picture here")

@@ -157,7 +157,7 @@ def _rows() -> Iterator[tuple[str, dict[str, str], str]]:
         ):
             wanted = {"context": "alone", "rule": rule, "name": peer}
             yield f"{_NAMES[peer]}'s `{rule}` over ours", wanted, "optclip"
-    for rule in ("clip_by_global_norm", "adaptive_grad_clip"):
+    for rule in ("clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"):
         name = f"optclip {rule}"
         wanted = {"context": "adamw", "name": name}
         yield f"`{rule}` + AdamW over AdamW alone", wanted, "alone"
@@ -224,7 +224,9 @@ def draw(results: Results, path: pathlib.Path) -> None:
             ]
             left.bar(places, moved, 0.25, label=library)
             times = [1e3 * line["seconds"] if line else 0.0 for line in lines]
-            right.bar(places, times, 0.25, label=library)
+            bars = right.bar(places, times, 0.25, label=library)
+            labels = [f"{time:.0f}" if time else "" for time in times]
+            right.bar_label(bars, labels, fontsize="x-small")
         for name, passes, style in (("read", 1, "--"), ("rewrite", 2, ":")):
             for place, rule in enumerate(rules):  # each beside the floors of its race
                 floor = find({"records": alone}, rule=rule, name=f"floor: {name}")
@@ -234,10 +236,9 @@ def draw(results: Results, path: pathlib.Path) -> None:
                     ends = (place - 0.45, place + 0.45)
                     left.hlines(rate, *ends, ls=style, colors="black", label=label)
         left.set(ylabel="GB/s of the least traffic", title=f"{shapes}, {dtype}")
-        right.set(ylabel="ms", yscale="log", title=f"{shapes}, {dtype}: time of a call")
-        left.set_ylim(top=1.4 * left.get_ylim()[1])  # room for the legend
-        right.set_ylim(top=3.0 * right.get_ylim()[1])
+        right.set(ylabel="ms", title=f"{shapes}, {dtype}: time of a call")
         for axis in (left, right):
+            axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
             axis.set_xticks(range(len(rules)), rules, rotation=20, ha="right")
             axis.grid(axis="y", alpha=0.3)
             axis.legend(fontsize="small", ncols=2)
