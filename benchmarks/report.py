@@ -26,7 +26,6 @@ def record(
     name: str,
     timed: dict[str, Timed],
     size: int,
-    reads_params: bool,
 ) -> dict[str, Any]:
     """One contestant's numbers: seconds, ratios within rounds, and of its program."""
     own = timed[name]
@@ -41,7 +40,7 @@ def record(
         },
     }
     if "floor: read" in timed and not name.startswith("floor"):
-        reads = timed["floor: read"].seconds * (2 if reads_params else 1)
+        reads = timed["floor: read"].seconds * (passes(about["rule"]) - 2)
         found["over"]["floor"] = own.over(reads + timed["floor: rewrite"].seconds)
     if own.compiled is not None:
         found |= own.compiled._asdict()
@@ -87,17 +86,18 @@ def terminal(results: Results) -> str:
     """Everything measured, a line a contestant."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     lines = [f"{results['device']}; {versions}; scale {results['scale']}"]
-    heads = ("ms", "quartiles", "GB/s", "/floor", "/reference", "temp %", "trace+comp")
-    lines.append(f"{'':64}" + "".join(f"{head:>13}" for head in heads))
+    heads = "ms", "quartiles", "tree GB/s", "/floor", "/reference", "temp %", "compile"
+    lines.append(f"{'':64}" + "".join(f"{head:>16}" for head in heads))
     for line in results["records"]:
         key = f"{line['shapes']} {line['dtype']} {line['context']} {line['rule']}"
         over, seconds = line["over"], line["seconds"]
         reference = over.get(REFERENCE.get(line["context"], "optclip"))
         low, high = line["quartiles"]
+        timed = line["context"] != "compile"  # of the program, not of its compiler
         cells = [
             f"{1e3 * seconds:.2f}",
             f"{1e3 * low:.1f}–{1e3 * high:.1f}",
-            f"{line['tree_bytes'] / seconds / 1e9:.1f}",
+            f"{line['tree_bytes'] / seconds / 1e9:.1f}" if timed else "",
             f"{over['floor'][1]:.2f}" if "floor" in over else "",
             f"{reference[1]:.2f}" if reference else "",
         ]
@@ -106,7 +106,7 @@ def terminal(results: Results) -> str:
             both = line["trace_seconds"] + line["compile_seconds"]
             cells += [f"{share:.2f}", f"{both:.2f} s"]
         lines.append(
-            f"{key[:38]:38} {line['name'][:25]:25}" + "".join(f"{c:>13}" for c in cells)
+            f"{key[:38]:38} {line['name'][:25]:25}" + "".join(f"{c:>16}" for c in cells)
         )
     return "\n".join(lines)
 
@@ -123,7 +123,8 @@ def table(results: Results) -> str:
     """README's table of one device: ratios, medians and in brackets quartiles."""
     of_model = [line for line in results["records"] if line["shapes"] == "gpt2"]
     dtypes = list(dict.fromkeys(line["dtype"] for line in of_model))
-    heads = [f"GPT-2 124M on {results['device']}", *dtypes]
+    model = "GPT-2 124M" if results["scale"] == 1 else f"GPT-2 × {results['scale']}"
+    heads = [f"{model} on {results['device']}", *dtypes]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for label, wanted, other in _rows():
         cells = [
@@ -217,7 +218,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
             lines = [find({"records": alone}, rule=r, name=library) for r in rules]
             places = np.arange(len(rules)) + 0.27 * (offset - 1)
             moved = [
-                _passes(rule) * line["tree_bytes"] / line["seconds"] / 1e9
+                passes(rule) * line["tree_bytes"] / line["seconds"] / 1e9
                 if line
                 else 0.0
                 for rule, line in zip(rules, lines, strict=True)
@@ -227,11 +228,11 @@ def draw(results: Results, path: pathlib.Path) -> None:
             bars = right.bar(places, times, 0.25, label=library)
             labels = [f"{time:.0f}" if time else "" for time in times]
             right.bar_label(bars, labels, fontsize="x-small")
-        for name, passes, style in (("read", 1, "--"), ("rewrite", 2, ":")):
+        for name, moves, style in (("read", 1, "--"), ("rewrite", 2, ":")):
             for place, rule in enumerate(rules):  # each beside the floors of its race
                 floor = find({"records": alone}, rule=rule, name=f"floor: {name}")
                 if floor:
-                    rate = passes * floor["tree_bytes"] / floor["seconds"] / 1e9
+                    rate = moves * floor["tree_bytes"] / floor["seconds"] / 1e9
                     label = f"measured {name}" if place == 0 else None
                     ends = (place - 0.45, place + 0.45)
                     left.hlines(rate, *ends, ls=style, colors="black", label=label)
@@ -247,7 +248,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _passes(rule: str) -> int:
+def passes(rule: str) -> int:
     """The least traffic of a clip that clips, in passes over the tree."""
     return {"clip_by_value": 2, "adaptive_grad_clip": 4}.get(rule, 3)
 

@@ -61,9 +61,10 @@ def between(rule: str, low: float, high: float, **named: Any) -> None:
 
 
 def at_least(rule: str, low: int, **named: Any) -> None:
-    """Raises unless each value is a Python integer >= low."""
+    """Raises unless each value is an integer >= low."""
     for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or value < low:
             raise _error(rule, name, f"an integer of at least {low}", repr(value))
 
 
@@ -91,6 +92,30 @@ def scalar(rule: str, **named: Any) -> None:
         if jnp.shape(value) != ():
             shape = jnp.shape(value)
             raise _error(rule, name, "a scalar", f"an array of shape {shape}")
+
+
+def given(rule: str, **named: Any) -> None:
+    """Raises unless each value, which a schedule gave, is a real scalar or a tracer."""
+    for name, value in named.items():
+        kinds = (numbers.Real, np.generic, np.ndarray, jax.Array)
+        numeric = isinstance(value, kinds) and not isinstance(value, bool)
+        if not numeric or not any(
+            jnp.issubdtype(jnp.result_type(value), kind)
+            for kind in (jnp.floating, jnp.integer)
+        ):
+            raise _error(rule, name, "a real number", repr(value))
+        scalar(rule, **{name: value})
+
+
+def axes(rule: str, **named: Any) -> None:
+    """Raises unless each value is None, an integer or a tuple of integers."""
+    for name, value in named.items():
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        if value is not None and not all(
+            isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
+            for axis in several
+        ):
+            raise _error(rule, name, "an integer or a tuple of integers", repr(value))
 
 
 def choice(rule: str, options: tuple[str, ...], **named: Any) -> None:

@@ -85,10 +85,21 @@ def mask(where: Where) -> Callable[[Any], Any]:
 def selector(rule: str, where: Where) -> Callable[[str, Any], bool]:
     """A predicate `(path, leaf) -> bool` from any form of `where`."""
     if isinstance(where, (str, re.Pattern)):
-        pattern = re.compile(where)
+        try:
+            pattern = re.compile(where)
+        except re.error as wrong:
+            raise ValueError(
+                f"{rule}: where must be a regular expression, got {where!r} ({wrong})."
+            ) from None
         return lambda path, leaf: pattern.search(path) is not None
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))
+    for path, value in leaves(where):
+        if not isinstance(value, bool) and getattr(value, "dtype", "") != "bool":
+            raise ValueError(
+                f"{rule}: where must be a pattern, a predicate or a tree of booleans, "
+                f"got {value!r} at {path!r}."
+            )
     lookup = prefix_lookup(rule, "where", where)
     return lambda path, leaf: bool(lookup(path))
 

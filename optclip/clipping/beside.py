@@ -64,7 +64,7 @@ def param_sizes(
     """The sizes of the parameters, block by block as the updates have them.
 
     Raises:
-      ValueError: if params is None, or lacks a leaf of the updates.
+      ValueError: if params is None, or lacks a leaf of the updates or its shape.
     """
     if params is None:
         raise ValueError(
@@ -72,6 +72,13 @@ def param_sizes(
             f"them, got None."
         )
     beside = blocks.gather(rule, params, grouping, axis_name)
+    shapes = _shapes(beside)
+    for path, shape in _shapes(gathered).items():
+        if shapes.get(path, shape) != shape:
+            raise ValueError(
+                f"{rule}: params must have the shapes of updates, got {shapes[path]} "
+                f"for {shape} at {path!r}."
+            )
     # An infinite limit: parameters that are zero need no second look, large ones do.
     sizes, _ = measuring.measured(
         beside, measure, lambda seen: [jnp.full((), jnp.inf, beside.wide) for _ in seen]
@@ -89,3 +96,8 @@ def param_sizes(
     return blocks.stacked(
         gathered, [by_label[group.label] for group in gathered.groups]
     )
+
+
+def _shapes(gathered: blocks.Gathered) -> dict[str, tuple[int, ...]]:
+    members = [member for group in gathered.groups for member in group.members]
+    return {member.path: member.leaf.shape for member in members}

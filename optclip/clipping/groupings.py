@@ -167,9 +167,9 @@ def per_unit(
         name says nothing, is otherwise read as a convolution.
 
     Raises:
-      ValueError: at init or update, if an axis is out of range for a leaf (the message
-        names its path); inside `shard_map`, if a leaf varies over a mesh axis and
-        `axis_name` does not say whether units do.
+      ValueError: if axes are no integers; at init or update, if an axis is out of range
+        for a leaf (the message names its path); inside `shard_map`, if a leaf varies
+        over a mesh axis and `axis_name` does not say whether units do.
 
     >>> import jax.numpy as jnp, optclip
     >>> tx = optclip.clip_by(optclip.thresholds.constant(1.0), grouping=per_unit())
@@ -180,6 +180,9 @@ def per_unit(
     """
 
     rule = _checks.caller("per_unit")
+
+    for own in axes.values() if isinstance(axes, Mapping) else (axes,):
+        _checks.axes(rule, axes=own)
 
     def reduced(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Shape:
         if isinstance(axes, Mapping):
@@ -219,7 +222,7 @@ def in_range(
     rule: str, name: str, path: str, shape: Shape, axes: int | tuple[int, ...]
 ) -> Shape:
     """The axes as sorted non-negative numbers; raises if a leaf lacks one."""
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
     rank = len(shape)
     for axis in axes:
         if not -rank <= axis < rank:

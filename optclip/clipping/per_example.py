@@ -106,6 +106,8 @@ def per_example_layer_norm_clip(
 
 def _clipped_sum(rule: str, grads: Any, clip: ArrayLike) -> tuple[Any, jax.Array]:
     gathered = blocks.gather(rule, grads, per_example(), None)
+    if not gathered.groups:
+        return jax.tree.map(_batch_sum, grads), jnp.zeros((), jnp.int32)
     limit = jnp.asarray(clip, gathered.wide)
     (size,), _ = measuring.measured(gathered, l2, lambda seen: [limit] * len(seen))
     finite = jnp.isfinite(size)

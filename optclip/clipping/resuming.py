@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optclip import _paths
+from optclip.clipping.engine import ClipState
 
 Path = tuple[str, ...]
 
@@ -44,8 +46,9 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
     For a run whose checkpoint was written without the clip, or with Optax's stateless
     one. A part (the state of one transformation, or of a chain of them) is taken over
     where names, shapes and dtypes of its leaves are the same, in order; where only some
-    of a part's fields fit, those are. Restored checkpoints may hold dicts and lists
-    where the state has NamedTuples and tuples; they fit too.
+    of a part's fields fit, those are; what a clip has learned comes whole or not at
+    all. Restored checkpoints may hold dicts and lists where the state has NamedTuples
+    and tuples; they fit too.
 
     Args:
       new_state: `tx.init(params)` of the new chain: gives the structure, and the values
@@ -56,7 +59,8 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
       `Adopted(state, kept, fresh, unused)`: nothing is lost silently.
 
     Raises:
-      ValueError: if the old state has leaves and none of them fits.
+      ValueError: if the old state has leaves and none of them fits, or one of the two
+        is a gradient transformation.
 
     >>> import jax.numpy as jnp, optax, optclip
     >>> params = {"w": jnp.ones(2)}
@@ -66,9 +70,15 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
     >>> adopted.kept, len(adopted.fresh), adopted.unused
     (('1',), 6, ())
     """
+    for name, state in (("new_state", new_state), ("old_state", old_state)):
+        if isinstance(state, optax.GradientTransformation):
+            raise ValueError(
+                f"adopt_state: {name} must be a state, as tx.init(params) gives, got a "
+                "gradient transformation."
+            )
     kept: dict[Path, _Part] = {}
 
-    def adopt(new: _Part, scope: _Part) -> Any:
+    def adopt(new: _Part, scope: _Part, whole: bool = False) -> Any:
         wanted = _signature(new.value)
         # A bare array is only taken from its namesake: one scalar looks like another.
         places = list(_walk(scope)) if _holds_states(new.value) else [scope]
@@ -77,7 +87,11 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
             if wanted and _signature(old.value) == wanted:
                 kept[new.path] = old
                 return _filled(new.value, old.value)
+        if whole:
+            return new.value
         children = _children(new)
+        # A history is nothing without its count, nor the count without its history.
+        together = isinstance(new.value, ClipState)
         for old in free:
             twins = _children(old)
             if (
@@ -87,7 +101,10 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
             ):
                 return _rebuilt(
                     new.value,
-                    [adopt(child, twins[name]) for name, child in children.items()],
+                    [
+                        adopt(child, twins[name], together)
+                        for name, child in children.items()
+                    ],
                 )
         if not _holds_states(new.value):
             return new.value
@@ -102,7 +119,10 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
         first = {name: adopt(children[name], old) for name, old in twin.items()}
         return _rebuilt(
             new.value,
-            [first[k] if k in first else adopt(children[k], scope) for k in children],
+            [
+                first[k] if k in first else adopt(children[k], scope, together)
+                for k in children
+            ],
         )
 
     state = adopt(_Part((), new_state), _Part((), old_state))

@@ -72,8 +72,9 @@ def skip_step(
       the very next step.
 
     Raises:
-      ValueError: if a static limit is negative, NaN or not a number, or max_consecutive
-        is not a positive integer; at update, if `value` is missing or not a scalar.
+      ValueError: if inner is no gradient transformation, a static limit is negative,
+        NaN or not a number, or max_consecutive is not a positive integer; at update, if
+        `value` is missing or not a scalar.
 
     Reference: the rule is OLMo's SkipStepOptimizer (2024), with any threshold.
 
@@ -86,6 +87,8 @@ def skip_step(
     [0.] 2
     """
     _checks.at_least("skip_step", 1, max_consecutive=max_consecutive)
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ValueError(f"skip_step: inner must be an optimizer, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
     watch = _watch("threshold", threshold, measure, axis_name)
     value_watch = None

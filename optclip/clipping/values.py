@@ -61,6 +61,7 @@ def clip_by_value(
     >>> print(updates)
     [-1.   0.5  1. ]
     """
+    rule = _checks.caller("clip_by_value")
     symmetric = max_delta is not None
     if symmetric == (min_value is not None or max_value is not None):
         raise ValueError(
@@ -85,10 +86,10 @@ def clip_by_value(
         state = init(updates) if state is None else state
         step = state.steps if scheduled else None
         if symmetric:
-            bound = jnp.maximum(_at(max_delta, step), 0)
+            bound = jnp.maximum(_at(rule, max_delta, step), 0)
             lower, upper = -bound, bound
         else:
-            lower, upper = _at(min_value, step), _at(max_value, step)
+            lower, upper = _at(rule, min_value, step), _at(rule, max_value, step)
 
         flat, treedef = jax.tree_util.tree_flatten(updates)
         clamped = [
@@ -117,8 +118,9 @@ def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
     >>> print(clip(1.0).update(jnp.array([-3.0, 0.5]), None)[0])
     [-1.   0.5]
     """
-    _checks.limit_like("clip", max_delta=max_delta)
-    return clip_by_value(max_delta)
+    with _checks.inside("clip"):
+        _checks.limit_like("clip", max_delta=max_delta)
+        return clip_by_value(max_delta)
 
 
 def _check_interval(min_value: Any, max_value: Any) -> None:
@@ -135,11 +137,11 @@ def _check_interval(min_value: Any, max_value: Any) -> None:
         )
 
 
-def _at(bound: Any, step: jax.Array | None) -> Any:
+def _at(rule: str, bound: Any, step: jax.Array | None) -> Any:
     """The bound's value at this step; None stays None."""
     if callable(bound):
         bound = bound(step)
-        _checks.scalar("clip_by_value", **{"schedule(step)": bound})
+        _checks.given(rule, **{"schedule(step)": bound})
     return bound
 
 

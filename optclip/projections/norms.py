@@ -27,6 +27,7 @@ MARGIN = 2.0  # in units in the last place of the dtype that norms are computed 
 
 def units(rule: str, axis: int | tuple[int, ...] | None) -> Grouping:
     """Units by layout, or over the given axes of every leaf."""
+    _checks.axes(rule, axis=axis)
     if axis is None:
         return per_unit()
     return Grouping(

@@ -74,15 +74,16 @@ def test_a_race_takes_turns_and_its_record_holds_the_ratios():
     arrays, makers = suite.alone("clip_by_value", TINY, jnp.float32)
     entered = {name: make(arrays) for name, make in makers.items() if name != "torch"}
     timed = timing.race(entered, arrays, rounds=3)
-    about = {"shapes": "tiny", "dtype": "float32", "context": "alone", "rule": "r"}
-    line = report.record(about, "optclip", timed, 54 * 4, reads_params=False)
+    about = {"shapes": "tiny", "dtype": "float32", "context": "alone"}
+    line = report.record(about | {"rule": "clip_by_value"}, "optclip", timed, 54 * 4)
     assert len(timed["optclip"].seconds) == 3 and line["seconds"] > 0
     assert set(line["over"]) == {"floor: read", "floor: rewrite", "optax", "floor"}
     low, middle, high = line["over"]["optax"]
     assert low <= middle <= high
+    assert line["over"]["floor"] == line["over"]["floor: rewrite"]  # it reads once
     assert line["temporary_bytes"] >= 0 and line["collectives"] == 0
     results = {"records": [line], "versions": {}, "device": "d", "scale": 1.0}
-    assert "tiny float32 alone r" in report.terminal(results)
+    assert "tiny float32 alone clip_by_value" in report.terminal(results)
 
 
 @pytest.mark.parametrize("race", ["learned", "sgd", "adamw"])
@@ -104,7 +105,7 @@ def test_compiling_is_raced_from_cold_caches():
     arrays, makers = suite.compiled("clip_by_block_rms", TINY, jnp.float32)
     entered = {name: make(arrays) for name, make in makers.items()}
     timed = timing.race(entered, arrays, 2, warm_up=0)
-    line = report.record(about, "optclip", timed, 54 * 4, reads_params=False)
+    line = report.record(about, "optclip", timed, 54 * 4)
     assert line["seconds"] > 1e-3  # a call of what is compiled takes microseconds
     assert set(line["over"]) == {"optax"}
 

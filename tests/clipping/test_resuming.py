@@ -246,6 +246,20 @@ def test_a_learned_threshold_is_kept_where_its_groups_are_the_same():
     chex.assert_trees_all_equal(adopted.state[0].metrics, old[0].metrics)
 
 
+@pytest.mark.parametrize("grouping", ["whole", "per_unit"])
+def test_a_history_of_another_length_comes_with_its_count_or_not_at_all(grouping):
+    def rule(window):
+        parts = optclip.thresholds.percentile(50.0, window)
+        return optclip.clip_by(parts, grouping=getattr(optclip.groupings, grouping)())
+
+    old = trained(optax.chain(rule(4), adam()), steps=6)
+    fresh = optax.chain(rule(8), adam()).init(PARAMS)
+    adopted = adopt_state(fresh, old)
+    assert set(adopted.kept) == {"0/metrics", "1"}
+    chex.assert_trees_all_equal(adopted.state[0].threshold, fresh[0].threshold)
+    chex.assert_trees_all_equal(adopted.state[0].metrics, old[0].metrics)
+
+
 def test_a_model_of_other_shapes_keeps_what_still_fits():
     wider = {"b": jnp.ones(5), "w": PARAMS["w"]}
     adopted = adopt_state(chained(clip()).init(wider), trained(adam()))

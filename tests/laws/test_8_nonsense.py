@@ -92,12 +92,26 @@ def test_schedule_slightly_negative(row):
         assert state.metrics.clipped_fraction == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (np.ones(2, np.float32), "be a scalar, got an array of shape (2,)."),
+        (None, "be a real number, got None."),
+        ("a", "be a real number, got 'a'."),
+        (True, "be a real number, got True."),
+        (1j, "be a real number, got 1j."),
+    ],
+    ids=["vector", "none", "string", "bool", "complex"],
+)
 @pytest.mark.parametrize("row", LIMITED)
-def test_schedule_not_scalar(row):
+def test_schedule_not_a_number(row, given, says):
     """At init where there is one to do, at the first update otherwise."""
-    tx, tree = row.build(lambda step: jnp.ones((2,), jnp.float32)), ones(row)
-    says = re.escape("schedule(step) must be a scalar, got an array of shape (2,).")
-    with pytest.raises(ValueError, match=says):
+    tx, tree = row.build(lambda step: given), ones(row)
+    if row.name == "clip_by_value-interval":  # its row negates what is given
+        tx = optclip.clip_by_value(max_value=lambda step: given)
+    rule = row.name.split("-")[0]
+    wanted = rf"^({rule}|relative_to_params|scheduled): \S+ must {re.escape(says)}"
+    with pytest.raises(ValueError, match=wanted):
         if row.kind == "clip":
             tx.init(tree)
         else:
@@ -400,6 +414,65 @@ MISMATCHED = {
             NESTED,
         ),
         "per_path: limits['b/w'] must be a scalar, got an array of shape (2,).",
+    ),
+    "per_path-schedule-none": (
+        lambda: step(
+            optclip.clip_by(
+                thresholds.per_path({"a": 1.0, "b": lambda step: None}),
+                grouping=groupings.per_leaf(),
+            ),
+            NESTED,
+        ),
+        "per_path: limits['b/w'] must be a real number, got None.",
+    ),
+    "per_unit-axes": (
+        lambda: groupings.per_unit({"w": "x"}),
+        "per_unit: axes must be an integer or a tuple of integers, got 'x'.",
+    ),
+    "agc-axis": (
+        lambda: optclip.adaptive_grad_clip(axis=1.5),
+        "adaptive_grad_clip: axes must be an integer or a tuple of integers, got 1.5.",
+    ),
+    "unit_norm-axis": (
+        lambda: optclip.sets.unit_norm("x"),
+        "unit_norm: axis must be an integer or a tuple of integers, got 'x'.",
+    ),
+    "agc-shapes": (
+        lambda: optclip.adaptive_grad_clip().update(
+            {"w": jnp.ones((4, 3))}, None, {"w": jnp.ones((4, 1))}
+        ),
+        (
+            "adaptive_grad_clip: params must have the shapes of updates, got (4, 1) "
+            "for (4, 3) at 'w'."
+        ),
+    ),
+    "project-shapes": (
+        lambda: optclip.project(optclip.sets.nonnegative()).update(
+            {"w": jnp.ones((4, 3))}, None, {"w": jnp.ones((3,))}
+        ),
+        (
+            "project: params must have the shapes of updates, got (3,) for (4, 3) "
+            "at 'w'."
+        ),
+    ),
+    "mask-pattern": (
+        lambda: optclip.mask("("),
+        "mask: where must be a regular expression, got '(' (",
+    ),
+    "mask-number": (
+        lambda: optclip.mask({"w": 3}),
+        (
+            "mask: where must be a pattern, a predicate or a tree of booleans, got 3 "
+            "at 'w'."
+        ),
+    ),
+    "skip_step-inner": (
+        lambda: optclip.skip_step(None, 1.0),
+        "skip_step: inner must be an optimizer, got None.",
+    ),
+    "adopt_state-tx": (
+        lambda: optclip.adopt_state(optclip.clip(1.0), ()),
+        "adopt_state: new_state must be a state, as tx.init(params) gives, got a ",
     ),
     "per_example-sizes": (
         lambda: step(

@@ -4,6 +4,7 @@ Each row of the table runs over a stream of 300 steps, its state carried from st
 step; the oracle is flat NumPy in float64.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,3 +221,18 @@ def test_the_oracle_by_hand():
     assert fixed.size(np.array([1.0, 2.0]), 3) == pytest.approx(9 ** (1 / 3))
     assert fixed.target(2.0, 2.0, "smooth") == 1.0
     np.testing.assert_allclose(fixed.target(2.0, 1.0, "torch"), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{}, {"steps": np.ones((2, 3), np.int32)}, {"w": np.ones((0, 2), np.float32)}],
+    ids=["empty", "integers", "no examples"],
+)
+def test_a_tree_without_a_norm_is_only_summed(tree):
+    for function in (
+        optclip.per_example_global_norm_clip,
+        optclip.per_example_layer_norm_clip,
+    ):
+        total, clipped = function(tree, 1.0)
+        chex.assert_trees_all_equal(total, {k: x.sum(0) for k, x in tree.items()})
+        assert not any(map(np.any, jax.tree.leaves(clipped)))

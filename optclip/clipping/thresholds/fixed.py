@@ -53,7 +53,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
 
     Raises:
       ValueError: if it is not callable, or (at init) returns something that is not a
-        scalar.
+        real scalar, such as None.
 
     >>> import optax, optclip
     >>> tx = optclip.clip_by(scheduled(optax.linear_schedule(1.0, 0.1, 1000)))
@@ -61,9 +61,11 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
     if not callable(schedule):
         raise ValueError(f"scheduled: schedule must be callable, got {schedule!r}.")
 
+    rule = _checks.caller("scheduled")
+
     def limit(state: Any, seen: Seen) -> ArrayLike:
         value = schedule(seen.step)
-        _checks.scalar("scheduled", **{"schedule(step)": value})
+        _checks.given(rule, **{"schedule(step)": value})
         return value
 
     return Threshold(limit)
@@ -74,7 +76,10 @@ def from_limit(rule: str, **named: Any) -> Threshold:
     _checks.limit_like(rule, **named)
     ((_, value),) = named.items()
     schedule: Any = value
-    return scheduled(schedule) if callable(value) else Threshold(lambda _, seen: value)
+    if callable(value):
+        with _checks.inside(rule):
+            return scheduled(schedule)
+    return Threshold(lambda _, seen: value)
 
 
 def unlimited() -> Threshold:
@@ -125,7 +130,7 @@ def per_path(
         for name in seen.names:
             value = lookup(name)
             value = value(seen.step) if callable(value) else value
-            _checks.scalar("per_path", **{f"limits[{name!r}]": value})
+            _checks.given("per_path", **{f"limits[{name!r}]": value})
             values.append(jnp.asarray(value, seen.size.dtype))
         return jnp.stack(values)
 

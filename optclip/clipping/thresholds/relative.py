@@ -40,7 +40,7 @@ def relative_to_params(
 
     def limit(state: Any, seen: Seen) -> jax.Array:
         share = ratio(seen.step) if callable(ratio) else ratio
-        _checks.scalar("relative_to_params", ratio=share)
+        _checks.given("relative_to_params", ratio=share)
         floor = jnp.asarray(eps, seen.size.dtype)
         assert seen.params is not None  # the engine gives what `needs_params` asks for
         return jnp.asarray(share, seen.size.dtype) * jnp.maximum(seen.params, floor)
