@@ -7,7 +7,7 @@
 
 Runs on whatever device JAX finds; PyTorch and Keras take part where they are installed.
 Times are medians over rounds in which all contestants took turns. The last columns tell
-of the compiled program: its temporary bytes, and the seconds of its one compilation.
+of the compiled program: its temporary bytes, and the seconds to trace and compile it.
 """
 
 import argparse

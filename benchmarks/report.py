@@ -86,7 +86,15 @@ def terminal(results: Results) -> str:
     """Everything measured, a line a contestant."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     lines = [f"{results['device']}; {versions}; scale {results['scale']}"]
-    heads = "ms", "quartiles", "tree GB/s", "/floor", "/reference", "temp %", "compile"
+    heads = (
+        "ms",
+        "quartiles",
+        "tree GB/s",
+        "/floor",
+        "/reference",
+        "temp %",
+        "trace+compile",
+    )
     lines.append(f"{'':64}" + "".join(f"{head:>16}" for head in heads))
     for line in results["records"]:
         key = f"{line['shapes']} {line['dtype']} {line['context']} {line['rule']}"
@@ -123,8 +131,7 @@ def table(results: Results) -> str:
     """README's table of one device: ratios, medians and in brackets quartiles."""
     of_model = [line for line in results["records"] if line["shapes"] == "gpt2"]
     dtypes = list(dict.fromkeys(line["dtype"] for line in of_model))
-    model = "GPT-2 124M" if results["scale"] == 1 else f"GPT-2 × {results['scale']}"
-    heads = [f"{model} on {results['device']}", *dtypes]
+    heads = [f"GPT-2 124M on {results['device']}", *dtypes]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for label, wanted, other in _rows():
         cells = [

@@ -94,17 +94,10 @@ def scalar(rule: str, **named: Any) -> None:
             raise _error(rule, name, "a scalar", f"an array of shape {shape}")
 
 
-def given(rule: str, **named: Any) -> None:
-    """Raises unless each value, which a schedule gave, is a real scalar or a tracer."""
-    for name, value in named.items():
-        kinds = (numbers.Real, np.generic, np.ndarray, jax.Array)
-        numeric = isinstance(value, kinds) and not isinstance(value, bool)
-        if not numeric or not any(
-            jnp.issubdtype(jnp.result_type(value), kind)
-            for kind in (jnp.floating, jnp.integer)
-        ):
-            raise _error(rule, name, "a real number", repr(value))
-        scalar(rule, **{name: value})
+def real_scalar(rule: str, **named: Any) -> None:
+    """Raises unless each value is one real number and not NaN; tracers pass."""
+    real(rule, **named)
+    scalar(rule, **named)
 
 
 def axes(rule: str, **named: Any) -> None:
@@ -116,6 +109,15 @@ def axes(rule: str, **named: Any) -> None:
             for axis in several
         ):
             raise _error(rule, name, "an integer or a tuple of integers", repr(value))
+
+
+def same_shape(rule: str, path: str, params: Any, updates: Any) -> None:
+    """Raises unless a parameter has the shape of its update."""
+    if params.shape != updates.shape:
+        raise ValueError(
+            f"{caller(rule)}: params must have the shapes of updates, got "
+            f"{params.shape} for {updates.shape} at {path!r}."
+        )
 
 
 def choice(rule: str, options: tuple[str, ...], **named: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip import _meshes
+from optclip import _checks, _meshes
 from optclip.clipping import blocks, measuring
 from optclip.clipping.groupings import Grouping
 from optclip.clipping.measures import MAX, Combine, Measure, joined
@@ -72,13 +72,9 @@ def param_sizes(
             f"them, got None."
         )
     beside = blocks.gather(rule, params, grouping, axis_name)
-    shapes = _shapes(beside)
-    for path, shape in _shapes(gathered).items():
-        if shapes.get(path, shape) != shape:
-            raise ValueError(
-                f"{rule}: params must have the shapes of updates, got {shapes[path]} "
-                f"for {shape} at {path!r}."
-            )
+    own = _leaves(beside)
+    for path, leaf in _leaves(gathered).items():
+        _checks.same_shape(rule, path, own.get(path, leaf), leaf)
     # An infinite limit: parameters that are zero need no second look, large ones do.
     sizes, _ = measuring.measured(
         beside, measure, lambda seen: [jnp.full((), jnp.inf, beside.wide) for _ in seen]
@@ -98,6 +94,6 @@ def param_sizes(
     )
 
 
-def _shapes(gathered: blocks.Gathered) -> dict[str, tuple[int, ...]]:
+def _leaves(gathered: blocks.Gathered) -> dict[str, jax.Array]:
     members = [member for group in gathered.groups for member in group.members]
-    return {member.path: member.leaf.shape for member in members}
+    return {member.path: member.leaf for member in members}

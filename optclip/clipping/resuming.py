@@ -34,10 +34,11 @@ class Adopted(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A subtree and where it hangs."""
+    """A subtree and where it hangs; one that is `whole` is never taken in pieces."""
 
     path: Path
     value: Any
+    whole: bool = False
 
 
 def adopt_state(new_state: Any, old_state: Any) -> Adopted:
@@ -78,7 +79,7 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
             )
     kept: dict[Path, _Part] = {}
 
-    def adopt(new: _Part, scope: _Part, whole: bool = False) -> Any:
+    def adopt(new: _Part, scope: _Part) -> Any:
         wanted = _signature(new.value)
         # A bare array is only taken from its namesake: one scalar looks like another.
         places = list(_walk(scope)) if _holds_states(new.value) else [scope]
@@ -87,11 +88,9 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
             if wanted and _signature(old.value) == wanted:
                 kept[new.path] = old
                 return _filled(new.value, old.value)
-        if whole:
+        if new.whole:
             return new.value
         children = _children(new)
-        # A history is nothing without its count, nor the count without its history.
-        together = isinstance(new.value, ClipState)
         for old in free:
             twins = _children(old)
             if (
@@ -101,10 +100,7 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
             ):
                 return _rebuilt(
                     new.value,
-                    [
-                        adopt(child, twins[name], together)
-                        for name, child in children.items()
-                    ],
+                    [adopt(child, twins[name]) for name, child in children.items()],
                 )
         if not _holds_states(new.value):
             return new.value
@@ -119,10 +115,7 @@ def adopt_state(new_state: Any, old_state: Any) -> Adopted:
         first = {name: adopt(children[name], old) for name, old in twin.items()}
         return _rebuilt(
             new.value,
-            [
-                first[k] if k in first else adopt(children[k], scope, together)
-                for k in children
-            ],
+            [first[k] if k in first else adopt(children[k], scope) for k in children],
         )
 
     state = adopt(_Part((), new_state), _Part((), old_state))
@@ -191,7 +184,11 @@ def _children(part: _Part) -> dict[str, _Part]:
         items = enumerate(value)
     else:
         items = ()
-    return {str(name): _Part((*part.path, str(name)), child) for name, child in items}
+    # A history is nothing without its count, nor the count without its history.
+    whole = isinstance(value, ClipState)
+    return {
+        str(name): _Part((*part.path, str(name)), child, whole) for name, child in items
+    }
 
 
 def _rebuilt(like: Any, children: list[Any]) -> Any:

@@ -214,11 +214,7 @@ def _closing(
             if number is None or not _numerics.is_measured(flat[number]):
                 continue
             p, u = place.leaf, jnp.asarray(flat[number])
-            if p.shape != u.shape:
-                raise ValueError(
-                    f"{rule}: params must have the shapes of updates, got {p.shape} "
-                    f"for {u.shape} at {place.path!r}."
-                )
+            _checks.same_shape(rule, place.path, p, u)
             # Summed once more behind a barrier, so that XLA does not write the sum to
             # memory to share it between the measuring and the landing.
             seen = place.set.measure(

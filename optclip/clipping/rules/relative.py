@@ -47,7 +47,8 @@ def adaptive_grad_clip(
 
     Raises:
       ValueError: if a static number is negative or NaN; axis and grouping are both
-        given; at update, if params are missing or an axis is out of range.
+        given, or axis is no integer; at update, if params are missing or of other
+        shapes than the updates, or an axis is out of range.
 
     Reference: Brock et al. 2021, arXiv 2102.06171.
 
@@ -66,6 +67,7 @@ def adaptive_grad_clip(
         )
     _checks.limit_like("adaptive_grad_clip", clipping=clipping)
     _checks.limit_like("adaptive_grad_clip", eps=eps)
+    _checks.axes("adaptive_grad_clip", axis=axis)
     with _checks.inside("adaptive_grad_clip"):
         return clip_by(
             thresholds.relative_to_params(clipping, eps),

@@ -65,7 +65,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
 
     def limit(state: Any, seen: Seen) -> ArrayLike:
         value = schedule(seen.step)
-        _checks.given(rule, **{"schedule(step)": value})
+        _checks.real_scalar(rule, **{"schedule(step)": value})
         return value
 
     return Threshold(limit)
@@ -75,11 +75,11 @@ def from_limit(rule: str, **named: Any) -> Threshold:
     """A rule's threshold argument: a number, an array, a traced value, a schedule."""
     _checks.limit_like(rule, **named)
     ((_, value),) = named.items()
+    if not callable(value):
+        return Threshold(lambda _, seen: value)
     schedule: Any = value
-    if callable(value):
-        with _checks.inside(rule):
-            return scheduled(schedule)
-    return Threshold(lambda _, seen: value)
+    with _checks.inside(rule):
+        return scheduled(schedule)
 
 
 def unlimited() -> Threshold:
@@ -130,7 +130,7 @@ def per_path(
         for name in seen.names:
             value = lookup(name)
             value = value(seen.step) if callable(value) else value
-            _checks.given("per_path", **{f"limits[{name!r}]": value})
+            _checks.real_scalar("per_path", **{f"limits[{name!r}]": value})
             values.append(jnp.asarray(value, seen.size.dtype))
         return jnp.stack(values)
 

@@ -37,10 +37,13 @@ def relative_to_params(
     """
     _checks.limit_like("relative_to_params", ratio=ratio)
     _checks.limit_like("relative_to_params", eps=eps)
+    rule = _checks.caller("relative_to_params")
 
     def limit(state: Any, seen: Seen) -> jax.Array:
-        share = ratio(seen.step) if callable(ratio) else ratio
-        _checks.given("relative_to_params", ratio=share)
+        share = ratio
+        if callable(ratio):
+            share = ratio(seen.step)
+            _checks.real_scalar(rule, **{"schedule(step)": share})
         floor = jnp.asarray(eps, seen.size.dtype)
         assert seen.params is not None  # the engine gives what `needs_params` asks for
         return jnp.asarray(share, seen.size.dtype) * jnp.maximum(seen.params, floor)
