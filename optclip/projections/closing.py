@@ -74,7 +74,7 @@ def project(
     Raises:
       ValueError: if constraint is no set, or every is not a positive integer; at init,
         if `where` selects nothing in a tree that has leaves, or a set does not fit a
-        leaf; at update, if params are missing.
+        leaf; at update, if params are missing or of other shapes than the updates.
 
     >>> import jax.numpy as jnp, optax, optclip
     >>> tx = optax.chain(optax.sgd(1.0), project(optclip.sets.nonnegative()))
