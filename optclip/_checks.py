@@ -70,7 +70,7 @@ def at_least(rule: str, low: int, **named: Any) -> None:
 
 def real(rule: str, **named: Any) -> None:
     """Raises unless each value is a real number and not NaN."""
-    _number(rule, "a number and not NaN", lambda value: True, **named)
+    _number(rule, "a number and not NaN", lambda value: not math.isnan(value), **named)
 
 
 def limit_like(rule: str, **named: Any) -> None:
@@ -94,9 +94,9 @@ def scalar(rule: str, **named: Any) -> None:
             raise _error(rule, name, "a scalar", f"an array of shape {shape}")
 
 
-def real_scalar(rule: str, **named: Any) -> None:
-    """Raises unless each value is one real number and not NaN; tracers pass."""
-    real(rule, **named)
+def given(rule: str, **named: Any) -> None:
+    """Raises unless each value, which a schedule gave, is one real number or NaN."""
+    _number(rule, "a real number", lambda value: True, **named)
     scalar(rule, **named)
 
 
@@ -165,9 +165,7 @@ def _number(rule: str, wanted: str, holds: Callable[[Any], bool], **named: Any) 
         numeric = numeric and np.asarray(value).dtype.kind in "iuf"
         if not numeric:
             raise _error(rule, name, wanted, repr(value))
-        if not all(
-            not math.isnan(v) and holds(v) for v in np.ravel(np.asarray(value)).tolist()
-        ):
+        if not all(map(holds, np.ravel(np.asarray(value)).tolist())):
             raise _error(rule, name, wanted, str(value))
 
 

@@ -127,7 +127,8 @@ def _check_interval(min_value: Any, max_value: Any) -> None:
     given = {"min_value": min_value, "max_value": max_value}
     for name, bound in given.items():
         if bound is not None and not callable(bound):
-            _checks.real_scalar("clip_by_value", **{name: bound})
+            _checks.scalar("clip_by_value", **{name: bound})
+            _checks.real("clip_by_value", **{name: bound})
     static = all(isinstance(b, (int, float, np.generic)) for b in given.values())
     if static and min_value > max_value:
         raise ValueError(
@@ -140,7 +141,7 @@ def _at(rule: str, bound: Any, step: jax.Array | None) -> Any:
     """The bound's value at this step; None stays None."""
     if callable(bound):
         bound = bound(step)
-        _checks.real_scalar(rule, **{"schedule(step)": bound})
+        _checks.given(rule, **{"schedule(step)": bound})
     return bound
 
 

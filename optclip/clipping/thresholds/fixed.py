@@ -65,7 +65,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
 
     def limit(state: Any, seen: Seen) -> ArrayLike:
         value = schedule(seen.step)
-        _checks.real_scalar(rule, **{"schedule(step)": value})
+        _checks.given(rule, **{"schedule(step)": value})
         return value
 
     return Threshold(limit)
@@ -130,7 +130,7 @@ def per_path(
         for name in seen.names:
             value = lookup(name)
             value = value(seen.step) if callable(value) else value
-            _checks.real_scalar("per_path", **{f"limits[{name!r}]": value})
+            _checks.given("per_path", **{f"limits[{name!r}]": value})
             values.append(jnp.asarray(value, seen.size.dtype))
         return jnp.stack(values)
 

@@ -43,7 +43,7 @@ def relative_to_params(
         share = ratio
         if callable(ratio):
             share = ratio(seen.step)
-            _checks.real_scalar(rule, **{"schedule(step)": share})
+            _checks.given(rule, **{"schedule(step)": share})
         floor = jnp.asarray(eps, seen.size.dtype)
         assert seen.params is not None  # the engine gives what `needs_params` asks for
         return jnp.asarray(share, seen.size.dtype) * jnp.maximum(seen.params, floor)
