@@ -6,60 +6,60 @@ first values.
 """
 
 # Rules with a fixed or scheduled limit.
-from optclip.clipping.rules.fixed import clip_by_block_rms as clip_by_block_rms
-from optclip.clipping.rules.fixed import clip_by_global_norm as clip_by_global_norm
-from optclip.clipping.rules.fixed import clip_by_norm as clip_by_norm
-from optclip.clipping.rules.fixed import monitor as monitor
-from optclip.clipping.values import clip as clip
-from optclip.clipping.values import clip_by_value as clip_by_value
+from optclip.clipping.rules.norms import clip_by_block_rms as clip_by_block_rms
+from optclip.clipping.rules.norms import clip_by_global_norm as clip_by_global_norm
+from optclip.clipping.rules.norms import clip_by_norm as clip_by_norm
+from optclip.clipping.rules.norms import monitor as monitor
+from optclip.clipping.rules.values import clip as clip
+from optclip.clipping.rules.values import clip_by_value as clip_by_value
 
 # Rules that set their own limit, and the guard around an optimizer.
 from optclip.clipping.rules.followers import adagc as adagc
-from optclip.clipping.rules.relative import adaptive_grad_clip as adaptive_grad_clip
+from optclip.clipping.rules.agc import adaptive_grad_clip as adaptive_grad_clip
 from optclip.clipping.rules.outliers import autoclip as autoclip
 from optclip.clipping.rules.followers import norm_growth_clip as norm_growth_clip
 from optclip.clipping.rules.followers import quantile_clip as quantile_clip
 from optclip.clipping.rules.followers import second_moment_clip as second_moment_clip
 from optclip.clipping.rules.outliers import spike_clip as spike_clip
 from optclip.clipping.rules.outliers import zclip as zclip
-from optclip.clipping.skipping import SkipState as SkipState
-from optclip.clipping.skipping import skip_step as skip_step
+from optclip.clipping.rules.skip_step import SkipState as SkipState
+from optclip.clipping.rules.skip_step import skip_step as skip_step
 
 # The parts that rules are made of.
-from optclip.clipping import actions as actions
-from optclip.clipping import groupings as groupings
-from optclip.clipping import measures as measures
-from optclip.clipping import thresholds as thresholds
+from optclip import actions as actions
+from optclip import groupings as groupings
+from optclip import measures as measures
+from optclip import thresholds as thresholds
 from optclip.clipping.engine import ClipState as ClipState
 from optclip.clipping.engine import clip_by as clip_by
 
 # Sums of clipped per-example gradients.
-from optclip.clipping.per_example import (
+from optclip.clipping.rules.per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
 )
-from optclip.clipping.per_example import (
+from optclip.clipping.rules.per_example import (
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
 
 # Parameters that stay where they must.
 from optclip import sets as sets
-from optclip.projections.closing import ProjectState as ProjectState
-from optclip.projections.closing import clip_weights as clip_weights
-from optclip.projections.closing import project as project
-from optclip.projections.closing import project_params as project_params
+from optclip.projections.project import ProjectState as ProjectState
+from optclip.projections.project import clip_weights as clip_weights
+from optclip.projections.project import project as project
+from optclip.projections.project import project_params as project_params
 from optclip.projections.qk_clip import qk_clip as qk_clip
 from optclip.projections.qk_clip import record_max_logits as record_max_logits
 
 # Numbers, state and selection.
-from optclip._paths import everything as everything
-from optclip._paths import mask as mask
-from optclip.clipping.metrics import ClipMetrics as ClipMetrics
-from optclip.clipping.metrics import SkipMetrics as SkipMetrics
-from optclip.clipping.metrics import metrics as metrics
-from optclip.clipping.norms import global_norm as global_norm
-from optclip.clipping.norms import leaf_norms as leaf_norms
-from optclip.clipping.resuming import Adopted as Adopted
-from optclip.clipping.resuming import adopt_state as adopt_state
+from optclip._core.paths import everything as everything
+from optclip._core.paths import mask as mask
+from optclip._core.metrics import ClipMetrics as ClipMetrics
+from optclip._core.metrics import SkipMetrics as SkipMetrics
+from optclip._core.metrics import metrics as metrics
+from optclip.insight.norms import global_norm as global_norm
+from optclip.insight.norms import leaf_norms as leaf_norms
+from optclip.insight.adopt_state import Adopted as Adopted
+from optclip.insight.adopt_state import adopt_state as adopt_state
 
 # First values: presets and drawing a model anew.
 from optclip import initializers as initializers

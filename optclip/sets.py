@@ -1,17 +1,47 @@
-"""Where parameters must stay: the sets for `project` and `project_params`."""
+"""Where parameters must stay: the sets for `project` and `project_params`.
 
-from optclip.projections.balls import l2_ball as l2_ball
-from optclip.projections.balls import max_norm as max_norm
-from optclip.projections.base import Set as Set
-from optclip.projections.boxes import box as box
-from optclip.projections.boxes import init_box as init_box
-from optclip.projections.boxes import linf_ball as linf_ball
-from optclip.projections.boxes import nonnegative as nonnegative
-from optclip.projections.intersections import intersection as intersection
-from optclip.projections.sorted_sets import l1_ball as l1_ball
-from optclip.projections.sorted_sets import simplex as simplex
-from optclip.projections.spectral import orthogonal as orthogonal
-from optclip.projections.spectral import spectral_ball as spectral_ball
-from optclip.projections.spheres import norm_range as norm_range
-from optclip.projections.spheres import norm_sphere as norm_sphere
-from optclip.projections.spheres import unit_norm as unit_norm
+| set | its points |
+|---|---|
+| `box(lower, upper)` | elements between two bounds |
+| `nonnegative()` | elements that are not negative |
+| `linf_ball(radius)` | elements of bounded magnitude |
+| `init_box(kappa)` | elements up to kappa times the largest first value |
+| `l2_ball(radius)` | leaves, or units, of bounded Euclidean norm |
+| `max_norm(max_value, axis)` | units of bounded norm: Keras' MaxNorm |
+| `norm_sphere(radius)` | leaves, or units, of one norm |
+| `unit_norm(axis)` | units of norm 1: Keras' UnitNorm |
+| `norm_range(min_value, max_value, rate, axis)` | units with a norm in a range |
+| `l1_ball(radius)` | leaves, or units, of bounded sum of magnitudes |
+| `simplex(total)` | leaves, or units, that are not negative and have one sum |
+| `spectral_ball(radius)` | matrices with bounded singular values |
+| `orthogonal()` | matrices with orthonormal columns or rows |
+| `intersection(a, b)` | points of two sets |
+
+`Set` makes one of your own.
+"""
+
+from optclip.projections.balls import l2_ball, max_norm
+from optclip.projections.base import Set
+from optclip.projections.boxes import box, init_box, linf_ball, nonnegative
+from optclip.projections.intersection import intersection
+from optclip.projections.sorted_sets import l1_ball, simplex
+from optclip.projections.spectral import orthogonal, spectral_ball
+from optclip.projections.spheres import norm_range, norm_sphere, unit_norm
+
+__all__ = [
+    "Set",
+    "box",
+    "init_box",
+    "intersection",
+    "l1_ball",
+    "l2_ball",
+    "linf_ball",
+    "max_norm",
+    "nonnegative",
+    "norm_range",
+    "norm_sphere",
+    "orthogonal",
+    "simplex",
+    "spectral_ball",
+    "unit_norm",
+]

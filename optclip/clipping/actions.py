@@ -10,21 +10,24 @@ to the size leaves the group's bits alone.
 | `smooth()` | size / (1 + size / limit) |
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks, _numerics
+from optclip._core import checks, numerics
+from optclip._core.public import Part, public
 
 
-class Action(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Action(Part):
     """(size, limit) to the target size; both arrays, the limit non-negative or NaN."""
 
     target: Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@public
 def rescale(div_eps: float = 0.0) -> Action:
     """Scales a group that is over its limit down to the limit.
 
@@ -42,7 +45,7 @@ def rescale(div_eps: float = 0.0) -> Action:
     >>> print(rescale().target(jnp.array([0.5, 2.0]), jnp.array(1.0)))
     [0.5 1. ]
     """
-    _checks.non_negative("rescale", div_eps=div_eps)
+    checks.non_negative(div_eps=div_eps)
 
     def target(size: jax.Array, limit: jax.Array) -> jax.Array:
         return jnp.where(size <= limit, size, limit)
@@ -59,6 +62,7 @@ def rescale(div_eps: float = 0.0) -> Action:
     return Action(target if static_zero else target_with_eps)
 
 
+@public
 def smooth() -> Action:
     """Shrinks every group, small ones little, large ones towards the limit.
 
@@ -79,7 +83,7 @@ def smooth() -> Action:
         small = size <= limit
         large = jnp.where(small, limit, size)
         zero = large == 0
-        ratio = _numerics.quotient(
+        ratio = numerics.quotient(
             jnp.where(small, size, limit), jnp.where(zero, 1, large)
         )
         return jnp.where(small, size, limit) / (1 + ratio)

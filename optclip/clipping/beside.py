@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks, _meshes
-from optclip.clipping import blocks, measuring
-from optclip.clipping.groupings import Grouping
-from optclip.clipping.measures import MAX, Combine, Measure, joined
+from optclip._core import checks, meshes
+from optclip._core import groups as blocks
+from optclip._core import sizes as measuring
+from optclip._core.groupings import Grouping
+from optclip._core.measures import MAX, Combine, Measure, joined
+from optclip._core.public import error
 
 
 def whole_size(
@@ -34,7 +36,7 @@ def whole_size(
         for size, count in zip(sizes, counts, strict=True)
     ]
     everything = sum(
-        count * size.size * _meshes.axis_size(_meshes.varying_axes(size))
+        count * size.size * meshes.axis_size(meshes.varying_axes(size))
         for size, count in zip(sizes, counts, strict=True)
     )
     return measure.lower(_union(measure.combine, summands), everything) * unit
@@ -45,7 +47,7 @@ def _union(combine: Combine, parts: list[jax.Array]) -> jax.Array:
     by_axes: dict[tuple[Any, ...], list[jax.Array]] = {}
     for part in parts:
         reduced = combine.reduce(part)
-        by_axes.setdefault(_meshes.varying_axes(part), []).append(reduced)
+        by_axes.setdefault(meshes.varying_axes(part), []).append(reduced)
     totals = []
     for axes, own in by_axes.items():
         total = joined(combine, own)
@@ -54,7 +56,6 @@ def _union(combine: Combine, parts: list[jax.Array]) -> jax.Array:
 
 
 def param_sizes(
-    rule: str,
     gathered: blocks.Gathered,
     params: Any,
     measure: Measure,
@@ -67,14 +68,14 @@ def param_sizes(
       ValueError: if params is None, or lacks a leaf of the updates or its shape.
     """
     if params is None:
-        raise ValueError(
-            f"{rule}: params must be given to update, because limits are relative to "
-            f"them, got None."
+        raise error(
+            "params must be given to update, because limits are relative to "
+            "them, got None."
         )
-    beside = blocks.gather(rule, params, grouping, axis_name)
+    beside = blocks.gather(params, grouping, axis_name)
     own = _leaves(beside)
     for path, leaf in _leaves(gathered).items():
-        _checks.same_shape(rule, path, own.get(path, leaf), leaf)
+        checks.same_shape(path, own.get(path, leaf), leaf)
     # An infinite limit: parameters that are zero need no second look, large ones do.
     sizes, _ = measuring.measured(
         beside, measure, lambda seen: [jnp.full((), jnp.inf, beside.wide) for _ in seen]
@@ -85,9 +86,8 @@ def param_sizes(
     }
     missing = [g.label for g in gathered.groups if g.label not in by_label]
     if missing:
-        raise ValueError(
-            f"{rule}: params must have every leaf of updates, got none at "
-            f"{missing[0]!r}."
+        raise error(
+            f"params must have every leaf of updates, got none at {missing[0]!r}."
         )
     return blocks.stacked(
         gathered, [by_label[group.label] for group in gathered.groups]

@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _meshes, _numerics
-from optclip.clipping import beside, blocks, measuring, metrics
+from optclip._core import checks, meshes, metrics, numerics
+from optclip._core import groups as blocks
+from optclip._core import sizes as measuring
+from optclip._core.groupings import Grouping, whole
+from optclip._core.measures import Measure, l2, max_abs
+from optclip._core.metrics import ClipMetrics
+from optclip._core.public import error, public
+from optclip.clipping import beside
 from optclip.clipping.actions import Action, rescale
-from optclip.clipping.groupings import Grouping, whole
-from optclip.clipping.measures import Measure, l2, max_abs
-from optclip.clipping.metrics import ClipMetrics
 from optclip.clipping.thresholds.base import Seen, Threshold
 
 
@@ -37,6 +40,7 @@ class ClipState(NamedTuple):
     metrics: ClipMetrics
 
 
+@public
 def clip_by(
     threshold: Threshold,
     *,
@@ -83,16 +87,15 @@ def clip_by(
     >>> print(updates["w"], state.metrics.size)
     [ 1.  -0.5] 4.0
     """
-    rule = _checks.caller("clip_by")
-    _checks.instance(rule, Threshold, threshold=threshold)
-    _checks.instance(rule, Measure, measure=measure)
-    _checks.instance(rule, Grouping, grouping=grouping)
-    _checks.instance(rule, Action, action=action)
-    _checks.choice(rule, ("propagate", "zero"), nonfinite=nonfinite)
+    checks.instance(Threshold, threshold=threshold)
+    checks.instance(Measure, measure=measure)
+    checks.instance(Grouping, grouping=grouping)
+    checks.instance(Action, action=action)
+    checks.choice(("propagate", "zero"), nonfinite=nonfinite)
     if threshold.init is not None and not grouping.keeps_state:
-        raise ValueError(
-            f"{rule}: threshold must have no state under per_example, whose groups are "
-            f"others at every step, got one with state."
+        raise error(
+            "threshold must have no state under per_example, whose groups are "
+            "others at every step, got one with state."
         )
     spoiled = jnp.nan if nonfinite == "propagate" else 0.0
     # Of one number every size is the same, and this one never overflows.
@@ -104,8 +107,8 @@ def clip_by(
         return jnp.where(jnp.isfinite(size), target, spoiled)
 
     def init(params: optax.Params) -> ClipState:
-        axes = _meshes.bound(axis_name)
-        gathered = blocks.gather(rule, params, grouping, axes)
+        axes = meshes.bound(axis_name)
+        gathered = blocks.gather(params, grouping, axes)
         step = jnp.zeros((), jnp.int32)
         state = ()
         if threshold.init is not None:
@@ -117,7 +120,7 @@ def clip_by(
         if gathered.groups:  # a bad limit is reported here, not at the first update
             for shape, own in zip(
                 blocks.block_shapes(gathered),
-                _unpack(rule, gathered, threshold, state),
+                _unpack(gathered, threshold, state),
                 strict=True,
             ):
                 zeros = jnp.zeros(shape, gathered.wide)
@@ -134,13 +137,13 @@ def clip_by(
         del extra_args
         if state is None:
             state = init(updates if params is None else params)
-        gathered = blocks.gather(rule, updates, grouping, axis_name)
-        states = _unpack(rule, gathered, threshold, state.threshold)
+        gathered = blocks.gather(updates, grouping, axis_name)
+        states = _unpack(gathered, threshold, state.threshold)
 
         of_params = [None] * len(states)
         if threshold.needs_params and gathered.groups:
             of_params = beside.param_sizes(
-                rule, gathered, params, measure, grouping, axis_name
+                gathered, params, measure, grouping, axis_name
             )
 
         def see(sizes: list[jax.Array]) -> list[Seen]:
@@ -150,7 +153,7 @@ def clip_by(
                 whole = beside.whole_size(gathered, measure, apart)
             step, names = state.metrics.steps, gathered.names
             return [
-                Seen(_numerics.finite(size), step, names, own, whole)
+                Seen(numerics.finite(size), step, names, own, whole)
                 for size, own in zip(sizes, of_params, strict=True)
             ]
 
@@ -213,9 +216,7 @@ def _unboxed(node: Any) -> Any:
     return leaves[0] if leaves else node
 
 
-def _unpack(
-    rule: str, gathered: blocks.Gathered, threshold: Threshold, state: Any
-) -> list[Any]:
+def _unpack(gathered: blocks.Gathered, threshold: Threshold, state: Any) -> list[Any]:
     """The state of each block, by order: NNX gives `init` and `update` other trees."""
     count = len(gathered.groups)
     leaves = jax.tree_util.tree_leaves(state)
@@ -227,8 +228,8 @@ def _unpack(
     else:
         expected, kept = count, len(leaves) // treedef.num_leaves
     if kept != expected:
-        raise ValueError(
-            f"{rule}: updates must have the measured groups that init saw, got {count} "
+        raise error(
+            f"updates must have the measured groups that init saw, got {count} "
             f"for a state of {kept}."
         )
     if gathered.joint:

@@ -43,11 +43,11 @@ from optclip.initializers.presets import Preset as Preset
 from optclip.initializers.gains import gain as gain
 from optclip.initializers import linen as linen
 from optclip.initializers import nnx as nnx
-from optclip.initializers.planning import Role as Role
-from optclip.initializers.planning import roles_of as roles_of
-from optclip.initializers.redrawing import redraw as redraw
+from optclip.initializers.parameter_info import Role as Role
+from optclip.initializers.parameter_info import roles_of as roles_of
+from optclip.initializers.redraw import redraw as redraw
 
 # With a batch: unit variances, and the signal of every layer.
-from optclip.initializers.signals import SignalReport as SignalReport
-from optclip.initializers.signals import signal_report as signal_report
-from optclip.initializers.unit_variance import lsuv as lsuv
+from optclip.initializers.signal_report import SignalReport as SignalReport
+from optclip.initializers.signal_report import signal_report as signal_report
+from optclip.initializers.lsuv import lsuv as lsuv

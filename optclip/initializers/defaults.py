@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 
+from optclip._core.public import public
 from optclip.initializers.isometries import orthogonal
 from optclip.initializers.presets import (
     FromFanIn,
@@ -22,6 +23,7 @@ from optclip.initializers.presets import (
 from optclip.initializers.scaling import lecun_normal, scaled, xavier_uniform
 
 
+@public
 def flax_default() -> Preset:
     """What Flax draws: LeCun's normal, with fans that are right where Flax's are not.
 
@@ -38,6 +40,7 @@ def flax_default() -> Preset:
     return renamed("flax_default", lecun_normal(), recurrent=orthogonal())
 
 
+@public
 def keras_default() -> Preset:
     """What Keras draws: Glorot's uniform.
 
@@ -70,6 +73,7 @@ def _symmetric_uniform(rule: str, bound: float) -> Any:
     return initializer(rule, init)
 
 
+@public
 def torch_default() -> Preset:
     """What PyTorch's layers draw, biases by their kernel's fan-in.
 

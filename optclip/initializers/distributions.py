@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import public
 from optclip.initializers.presets import Preset, by_fans, of_any_shape
 
 # √Var of a standard normal truncated at ±2.
@@ -21,6 +22,7 @@ _TRUNCATED_STDDEV = math.sqrt(
 )
 
 
+@public
 def zeros() -> Preset:
     """Kernels, embeddings and biases are zero.
 
@@ -37,6 +39,7 @@ def zeros() -> Preset:
     return of_any_shape("zeros", jax_initializers.zeros)
 
 
+@public
 def normal(stddev: float = 0.01) -> Preset:
     """Normal with a given deviation; JAX's `normal`.
 
@@ -55,10 +58,11 @@ def normal(stddev: float = 0.01) -> Preset:
     >>> round(float(normal(0.02)(jax.random.key(0), (512, 512)).std()), 3)
     0.02
     """
-    _checks.non_negative("normal", stddev=stddev)
+    checks.non_negative(stddev=stddev)
     return of_any_shape("normal", jax_initializers.normal(stddev))
 
 
+@public
 def uniform(scale: float = 0.01) -> Preset:
     """Uniform from zero up; JAX's `uniform`.
 
@@ -78,10 +82,11 @@ def uniform(scale: float = 0.01) -> Preset:
     >>> bool((uniform(0.5)(jax.random.key(0), (64,)) >= 0).all())
     True
     """
-    _checks.non_negative("uniform", scale=scale)
+    checks.non_negative(scale=scale)
     return of_any_shape("uniform", jax_initializers.uniform(scale))
 
 
+@public
 def truncated_normal(stddev: float = 0.01, corrected: bool = True) -> Preset:
     """Normal without its tails: nothing beyond two deviations.
 
@@ -104,11 +109,12 @@ def truncated_normal(stddev: float = 0.01, corrected: bool = True) -> Preset:
     >>> round(float(w.std()), 3), bool(abs(w).max() <= 0.0455)
     (0.02, True)
     """
-    _checks.non_negative("truncated_normal", stddev=stddev)
+    checks.non_negative(stddev=stddev)
     parent = stddev / _TRUNCATED_STDDEV if corrected else stddev
     return of_any_shape("truncated_normal", jax_initializers.truncated_normal(parent))
 
 
+@public
 def sparse(sparsity: float, stddev: float = 0.01) -> Preset:
     """Each output listens to a few inputs only.
 
@@ -133,8 +139,8 @@ def sparse(sparsity: float, stddev: float = 0.01) -> Preset:
 
     Martens 2010, "Deep learning via Hessian-free optimization".
     """
-    _checks.between("sparse", 0, 1, sparsity=sparsity)
-    _checks.non_negative("sparse", stddev=stddev)
+    checks.between(0, 1, sparsity=sparsity)
+    checks.non_negative(stddev=stddev)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         chosen, drawn = jax.random.split(key)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import error, public
 
 Activation = str | Callable[[jax.Array], jax.Array]
 
@@ -54,6 +55,7 @@ _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _GRID = np.linspace(-10.0, 10.0, 2**14 + 1)
 
 
+@public
 def gain(activation: Activation, negative_slope: float | None = None) -> float:
     """What an activation's spread must be multiplied by, to be what it was before.
 
@@ -82,19 +84,17 @@ def gain(activation: Activation, negative_slope: float | None = None) -> float:
     for keeping mean and variance.
     """
     if negative_slope is not None and activation != "leaky_relu":
-        raise ValueError(
-            f"gain: negative_slope must go with 'leaky_relu', got {activation!r}."
-        )
+        raise error(f"negative_slope must go with 'leaky_relu', got {activation!r}.")
     if callable(activation):
         return _by_quadrature(activation)
     if activation == "leaky_relu":
         slope = 0.01 if negative_slope is None else negative_slope
-        _checks.real("gain", negative_slope=slope)
+        checks.real(negative_slope=slope)
         return math.sqrt(2 / (1 + slope**2))
     if activation in _TABLE:
         return _TABLE[activation]
     known = ["leaky_relu", *_TABLE, *_FUNCTIONS]
-    _checks.known("gain", known, activation=activation)
+    checks.known(known, activation=activation)
     return _by_quadrature(_FUNCTIONS[activation])
 
 
@@ -102,15 +102,14 @@ def _by_quadrature(function: Callable[[jax.Array], jax.Array]) -> float:
     with jax.ensure_compile_time_eval():
         values = np.asarray(function(jnp.asarray(_GRID, jnp.float32)))
     if values.shape != _GRID.shape:
-        raise ValueError(
-            f"gain: activation must be elementwise, got shape {values.shape} from "
+        raise error(
+            f"activation must be elementwise, got shape {values.shape} from "
             f"{_GRID.shape}."
         )
     density = np.exp(-(_GRID**2) / 2)
     mean_square = np.sum(density * np.square(values, dtype=float)) / np.sum(density)
     if not 0 < mean_square < np.inf:
-        raise ValueError(
-            f"gain: activation must have a positive finite mean square, got "
-            f"{mean_square}."
+        raise error(
+            f"activation must have a positive finite mean square, got {mean_square}."
         )
     return float(1 / math.sqrt(mean_square))

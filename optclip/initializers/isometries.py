@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import error, public
 from optclip.initializers.presets import Preset, by_fans
 
 
+@public
 def orthogonal(gain: float = 1.0) -> Preset:
     """Orthonormal columns, or rows where outputs outnumber inputs; Haar-distributed.
 
@@ -40,10 +42,11 @@ def orthogonal(gain: float = 1.0) -> Preset:
 
     Saxe et al. 2013, arXiv 1312.6120.
     """
-    _checks.non_negative("orthogonal", gain=gain)
+    checks.non_negative(gain=gain)
     return by_fans("orthogonal", jax_initializers.orthogonal(gain))
 
 
+@public
 def delta_orthogonal(gain: float = 1.0) -> Preset:
     """Convolutions that start as an orthogonal map of each pixel.
 
@@ -66,7 +69,7 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
 
     Xiao et al. 2018, arXiv 1806.05393.
     """
-    _checks.non_negative("delta_orthogonal", gain=gain)
+    checks.non_negative(gain=gain)
     dense = jax_initializers.orthogonal(gain)
     convolution = jax_initializers.delta_orthogonal(gain)
 
@@ -74,8 +77,8 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
         if len(shape) == 2:
             return dense(key, shape, dtype)
         if shape[-2] > shape[-1] or len(shape) > 5:
-            raise ValueError(
-                f"delta_orthogonal: shape must have 1 to 3 window axes and no more "
+            raise error(
+                f"shape must have 1 to 3 window axes and no more "
                 f"inputs than outputs, got {shape}."
             )
         return convolution(key, shape, dtype)
@@ -83,6 +86,7 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
     return by_fans("delta_orthogonal", init)
 
 
+@public
 def identity(gain: float = 1.0) -> Preset:
     """The layer hands its inputs on: ones on the diagonal, at a window's centre.
 
@@ -108,6 +112,7 @@ def identity(gain: float = 1.0) -> Preset:
     return _identity("identity", gain)
 
 
+@public
 def dirac(gain: float = 1.0) -> Preset:
     """`identity` under the name that PyTorch gives it for convolutions.
 
@@ -130,7 +135,7 @@ def dirac(gain: float = 1.0) -> Preset:
 
 
 def _identity(rule: str, gain: float) -> Preset:
-    _checks.non_negative(rule, gain=gain)
+    checks.non_negative(gain=gain)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         centre = tuple(size // 2 for size in shape[:-2])

@@ -13,15 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks, _layouts
-from optclip.initializers import unfolding
+from optclip._core import checks, layouts
+from optclip._core.public import public
+from optclip.initializers import kernel_shapes as unfolding
+from optclip.initializers.kernel_shapes import Initializer
 from optclip.initializers.presets import FromFanIn, Preset
 from optclip.initializers.roles import KINDS, ROLES, lineage
-from optclip.initializers.unfolding import Initializer
 
 _LAYERS = ("attention", "norm", "cell")
 
 
+@public
 def layer(
     preset: Preset,
     role: str = "kernel",
@@ -51,9 +53,9 @@ def layer(
     >>> sorted(linen.layer(he_normal(), "head"))
     ['bias_init', 'kernel_init']
     """
-    _checks.known("layer", (*_LAYERS, *ROLES), role=role)
+    checks.known((*_LAYERS, *ROLES), role=role)
     if fan_in is not None:
-        _checks.at_least("layer", 1, fan_in=fan_in)
+        checks.at_least(1, fan_in=fan_in)
     if role == "attention":
         roles = {"kernel": "query", "bias": "query_bias"}
         roles |= {"out_kernel": "attention_out", "out_bias": "attention_out_bias"}
@@ -81,13 +83,13 @@ def _told(init: Initializer, fan_in: int | None, form: str | None) -> Initialize
         init = init.build(fan_in)
     if form is None:
         return init
-    spelled, parts = unfolding.split_form("layer", form)
+    spelled, parts = unfolding.split_form(form)
 
     def draw(
         key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
         rules = {"": spelled}
-        axes = _layouts.layout("kernel", {"kernel": tuple(shape)}, rules=rules)
+        axes = layouts.layout("kernel", {"kernel": tuple(shape)}, rules=rules)
         return unfolding.unfolded(init, key, tuple(shape), dtype, axes, parts)
 
     return draw

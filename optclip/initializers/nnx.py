@@ -8,7 +8,7 @@ LinearGeneral its axes, a convolution its groups.
 import sys
 from typing import Any, NamedTuple
 
-from optclip import _paths
+from optclip._core import paths
 from optclip.initializers.layers import layer as layer
 
 
@@ -60,7 +60,7 @@ def other_variables(tree: Any) -> set[str]:
         tree, is_leaf=lambda v: isinstance(v, nnx.Variable)
     )
     return {
-        _paths.spell(keys)
+        paths.spell(keys)
         for keys, value in flat
         if isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param)
     }

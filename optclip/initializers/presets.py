@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optclip._core.public import error
+from optclip.initializers.kernel_shapes import Initializer, wide
 from optclip.initializers.roles import checked_role, lineage
-from optclip.initializers.unfolding import Initializer, wide
 
 
 # Compared and hashed by identity: Flax's modules, which hold it, must be hashable.
@@ -44,7 +45,7 @@ class Preset:
 
     def __getitem__(self, role: str) -> Initializer:
         """The initializer of a role, or of the nearest role it is a kind of."""
-        checked_role(self.name, role)
+        checked_role(role)
         for kind in lineage(role):
             if kind in self.draws:
                 return self.draws[kind]
@@ -60,7 +61,7 @@ class Preset:
         """The same preset with the initializers of some roles replaced."""
         other = draws.draws if isinstance(draws, Preset) else draws
         for role in other:
-            checked_role(self.name, role)
+            checked_role(role)
         return dataclasses.replace(self, draws={**self.draws, **other})
 
 
@@ -93,8 +94,8 @@ def initializer(rule: str, init: Initializer, least_rank: int = 0) -> Initialize
         key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
         if len(shape) < least_rank:
-            raise ValueError(
-                f"{rule}: shape must have at least {least_rank} axes, inputs and "
+            raise error(
+                f"shape must have at least {least_rank} axes, inputs and "
                 f"outputs, got {tuple(shape)}; a vector has no fans of its own."
             )
         if 0 in shape:

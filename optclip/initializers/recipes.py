@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import public
 from optclip.initializers.defaults import flax_default, torch_default
 from optclip.initializers.distributions import normal, zeros
 from optclip.initializers.isometries import orthogonal
@@ -18,6 +19,7 @@ from optclip.initializers.presets import Preset, constant, initializer, renamed
 from optclip.initializers.scaling import lecun_normal, scaled, xavier_uniform
 
 
+@public
 def gpt2(num_layers: int, stddev: float = 0.02) -> Preset:
     """GPT-2's: normal, and the projections back into the residual stream smaller.
 
@@ -42,12 +44,13 @@ def gpt2(num_layers: int, stddev: float = 0.02) -> Preset:
 
     Radford et al. 2019, "Language models are unsupervised multitask learners".
     """
-    _checks.at_least("gpt2", 1, num_layers=num_layers)
-    _checks.non_negative("gpt2", stddev=stddev)
+    checks.at_least(1, num_layers=num_layers)
+    checks.non_negative(stddev=stddev)
     residual = normal(stddev / math.sqrt(2 * num_layers))
     return renamed("gpt2", normal(stddev), ("residual_out",), residual_out=residual)
 
 
+@public
 def vit() -> Preset:
     """The vision transformer's, as its authors' program draws it.
 
@@ -79,6 +82,7 @@ def vit() -> Preset:
     )
 
 
+@public
 def resnet(zero_init_last: bool = False) -> Preset:
     """The residual convolutional network's, as torchvision draws it.
 
@@ -104,7 +108,7 @@ def resnet(zero_init_last: bool = False) -> Preset:
 
     He et al. 2015, arXiv 1512.03385; Goyal et al. 2017, arXiv 1706.02677.
     """
-    _checks.choice("resnet", (True, False), zero_init_last=zero_init_last)  # pyright: ignore
+    checks.choice((True, False), zero_init_last=zero_init_last)  # pyright: ignore
     conv = scaled("resnet", 2.0, "fan_out", "normal")
     preset = torch_default() | {"conv": conv, "conv_bias": constant(0.0)}
     if not zero_init_last:
@@ -113,6 +117,7 @@ def resnet(zero_init_last: bool = False) -> Preset:
     return renamed("resnet", preset, ("residual_scale",), residual_scale=last)
 
 
+@public
 def dcgan(stddev: float = 0.02) -> Preset:
     """The convolutional GAN's: everything small and normal, norms around one.
 
@@ -132,7 +137,7 @@ def dcgan(stddev: float = 0.02) -> Preset:
 
     Radford et al. 2015, arXiv 1511.06434.
     """
-    _checks.non_negative("dcgan", stddev=stddev)
+    checks.non_negative(stddev=stddev)
 
     def around_one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return 1 + stddev * jax.random.normal(key, shape, dtype)
@@ -140,6 +145,7 @@ def dcgan(stddev: float = 0.02) -> Preset:
     return renamed("dcgan", normal(stddev), scale=initializer("dcgan", around_one))
 
 
+@public
 def ppo(policy_gain: float = 0.01, value_gain: float = 1.0) -> Preset:
     """Proximal policy optimization's, as its careful programs draw it.
 
@@ -164,12 +170,13 @@ def ppo(policy_gain: float = 0.01, value_gain: float = 1.0) -> Preset:
 
     Engstrom et al. 2020, arXiv 2005.12729; Andrychowicz et al. 2020, arXiv 2006.05990.
     """
-    _checks.non_negative("ppo", policy_gain=policy_gain, value_gain=value_gain)
+    checks.non_negative(policy_gain=policy_gain, value_gain=value_gain)
     heads = {"policy_head": orthogonal(policy_gain)}
     heads["value_head"] = orthogonal(value_gain)
     return renamed("ppo", orthogonal(math.sqrt(2)), tuple(heads), **heads)
 
 
+@public
 def mup(base_width: int) -> Preset:
     """Maximal update parametrization's initial values: what suits one width, suits all.
 
@@ -194,7 +201,7 @@ def mup(base_width: int) -> Preset:
 
     Yang et al. 2022, arXiv 2203.03466, table 8.
     """
-    _checks.at_least("mup", 1, base_width=base_width)
+    checks.at_least(1, base_width=base_width)
 
     def readout(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         fan_in = math.prod(shape[:-1])
@@ -207,6 +214,7 @@ def mup(base_width: int) -> Preset:
     return renamed("mup", hidden, ("head",), head=head, embedding=embedding)
 
 
+@public
 def zero_last(preset: Preset | None = None) -> Preset:
     """A preset whose last layers start at zero: heads and ends of residual branches.
 
@@ -229,7 +237,7 @@ def zero_last(preset: Preset | None = None) -> Preset:
     Goyal et al. 2017, arXiv 1706.02677; Peebles & Xie 2022, arXiv 2212.09748.
     """
     preset = flax_default() if preset is None else preset
-    _checks.instance("zero_last", Preset, preset=preset)
+    checks.instance(Preset, preset=preset)
     zero = constant(0.0)
     last = ("head", "policy_head", "value_head", "residual_out", "attention_out")
     draws = {role: zero for role in (*last, *(f"{role}_bias" for role in last))}

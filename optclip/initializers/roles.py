@@ -29,7 +29,7 @@ Whatever has none of these names has no role, and `redraw` leaves it alone.
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from optclip import _checks
+from optclip._core import checks
 
 Shape = tuple[int, ...]
 
@@ -87,9 +87,9 @@ def lineage(role: str) -> Iterator[str]:
         role = KINDS[role]
 
 
-def checked_role(rule: str, role: object) -> None:
+def checked_role(role: object) -> None:
     """Raises for a word that is no role, with the nearest ones."""
-    _checks.known(rule, ROLES, role=role)
+    checks.known(ROLES, role=role)
 
 
 def role_of(

@@ -13,13 +13,15 @@ from typing import Any
 
 from jax.nn import initializers as jax_initializers
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import public
 from optclip.initializers import gains
 from optclip.initializers.presets import Preset, by_fans, initializer
 
 _MODES = ("fan_in", "fan_out", "fan_avg")
 
 
+@public
 def xavier_uniform(gain: float = 1.0) -> Preset:
     """Glorot and Bengio's initialization, uniform. Keras' and TensorFlow's default.
 
@@ -43,10 +45,11 @@ def xavier_uniform(gain: float = 1.0) -> Preset:
     Glorot & Bengio 2010, "Understanding the difficulty of training deep feedforward
     neural networks".
     """
-    _checks.non_negative("xavier_uniform", gain=gain)
+    checks.non_negative(gain=gain)
     return _scaling("xavier_uniform", gain, "fan_avg", "uniform")
 
 
+@public
 def xavier_normal(gain: float = 1.0) -> Preset:
     """Glorot and Bengio's initialization, normal, as in PyTorch: without truncation.
 
@@ -67,10 +70,11 @@ def xavier_normal(gain: float = 1.0) -> Preset:
 
     Glorot & Bengio 2010.
     """
-    _checks.non_negative("xavier_normal", gain=gain)
+    checks.non_negative(gain=gain)
     return _scaling("xavier_normal", gain, "fan_avg", "normal")
 
 
+@public
 def he_uniform(
     activation: gains.Activation = "relu", mode: str = "fan_in", a: float | None = None
 ) -> Preset:
@@ -98,10 +102,11 @@ def he_uniform(
 
     He et al. 2015, arXiv 1502.01852.
     """
-    factor = _he_gain("he_uniform", activation, mode, a)
+    factor = _he_gain(activation, mode, a)
     return _scaling("he_uniform", factor, mode, "uniform")
 
 
+@public
 def he_normal(
     activation: gains.Activation = "relu", mode: str = "fan_in", a: float | None = None
 ) -> Preset:
@@ -130,10 +135,11 @@ def he_normal(
 
     He et al. 2015, arXiv 1502.01852.
     """
-    factor = _he_gain("he_normal", activation, mode, a)
+    factor = _he_gain(activation, mode, a)
     return _scaling("he_normal", factor, mode, "normal")
 
 
+@public
 def lecun_uniform() -> Preset:
     """LeCun's initialization, uniform: unit variance through a linear layer.
 
@@ -154,6 +160,7 @@ def lecun_uniform() -> Preset:
     return _scaling("lecun_uniform", 1.0, "fan_in", "uniform")
 
 
+@public
 def lecun_normal() -> Preset:
     """LeCun's initialization, normal within two deviations. Flax's and JAX's default.
 
@@ -187,12 +194,9 @@ def _scaling(rule: str, gain: float, mode: str, distribution: str) -> Preset:
     return by_fans(rule, scaled(rule, gain**2, mode, distribution))
 
 
-def _he_gain(
-    rule: str, activation: gains.Activation, mode: str, a: float | None
-) -> float:
-    _checks.choice(rule, _MODES, mode=mode)
-    with _checks.inside(rule):
-        if a is None:
-            return gains.gain(activation)
-        _checks.real(rule, a=a)
-        return gains.gain("leaky_relu", negative_slope=a)
+def _he_gain(activation: gains.Activation, mode: str, a: float | None) -> float:
+    checks.choice(_MODES, mode=mode)
+    if a is None:
+        return gains.gain(activation)
+    checks.real(a=a)
+    return gains.gain("leaky_relu", negative_slope=a)

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip.clipping.groupings import Grouping, per_leaf
+from optclip._core.groupings import Grouping, per_leaf
+from optclip._core.public import public
+from optclip._core.rounding import bound_towards
 from optclip.projections.base import Set, extent_of
 from optclip.projections.norms import checked_radius, margin, norm_in, scaled, units
-from optclip.projections.rounding import bound_towards
 
 
+@public
 def l2_ball(
     radius: ArrayLike = 1.0,
     *,
@@ -46,9 +48,10 @@ def l2_ball(
     >>> print(optclip.project_params(jnp.array([3.0, 4.0]), l2_ball(1.0)))
     [0.5999999  0.79999983]
     """
-    return _ball("l2_ball", grouping, axis_name, radius=radius)
+    return _ball(grouping, axis_name, radius=radius)
 
 
+@public
 def max_norm(
     max_value: ArrayLike = 2.0,
     axis: int | tuple[int, ...] | None = None,
@@ -77,12 +80,12 @@ def max_norm(
     >>> print(optclip.project_params(params, max_norm(5.0))["kernel"][:, 1])
     [0.3 0.4]
     """
-    grouping = units("max_norm", axis)
-    return _ball("max_norm", grouping, axis_name, max_value=max_value)
+    grouping = units(axis)
+    return _ball(grouping, axis_name, max_value=max_value)
 
 
-def _ball(rule: str, grouping: Grouping, axis_name: Any, **named: Any) -> Set:
-    radius = checked_radius(rule, **named)
+def _ball(grouping: Grouping, axis_name: Any, **named: Any) -> Set:
+    radius = checked_radius(**named)
 
     def project(x: jax.Array, size: jax.Array, memory: Any) -> jax.Array:
         limit = bound_towards(radius, size.dtype, 0.0)
@@ -92,6 +95,6 @@ def _ball(rule: str, grouping: Grouping, axis_name: Any, **named: Any) -> Set:
     def contains(x: jax.Array, size: jax.Array, memory: Any) -> jax.Array:
         return size <= bound_towards(radius, size.dtype, 0.0)
 
-    extent = extent_of(rule, grouping, axis_name)
+    extent = extent_of(grouping, axis_name)
     # Below 2^-30 of the radius a norm need not be known: it lies inside.
     return Set(extent, norm_in(radius, 30), project, contains)

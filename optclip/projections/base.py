@@ -12,6 +12,7 @@ projecting because x is a sum that need not be in memory: XLA computes it once i
 loop that measures and once in the loop that writes, if nothing else joins the two.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -19,14 +20,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip import _meshes
-from optclip.clipping import blocks, groupings
-from optclip.clipping.groupings import Grouping
+from optclip._core import groupings, meshes
+from optclip._core import groups as blocks
+from optclip._core.groupings import Grouping
+from optclip._core.public import Part, error
 
 Shape = tuple[int, ...]
 
 
-class Set(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Set(Part):
     """Where parameters must stay; see this module's docstring for the functions.
 
     Made by the functions of `optclip.sets` and used by `project`, `project_params` and
@@ -64,7 +67,7 @@ def as_it_is(x: jax.Array, extent: Any) -> Any:
 
 
 def extent_of(
-    rule: str, grouping: Grouping, axis_name: Any = None, real: bool = False
+    grouping: Grouping, axis_name: Any = None, real: bool = False
 ) -> Callable[[str, jax.Array, Mapping[str, Shape]], Extent]:
     """The extent of sets whose points are the groups of a grouping within leaves.
 
@@ -72,16 +75,16 @@ def extent_of(
       ValueError: if groups extend over several leaves.
     """
     if grouping.label not in (None, groupings.own_path):
-        raise ValueError(
-            f"{rule}: grouping must lie within leaves (per_leaf, per_unit, "
+        raise error(
+            "grouping must lie within leaves (per_leaf, per_unit, "
             "per_element), got one whose groups join leaves or examples."
         )
-    given = _meshes.axes_of(rule, axis_name)
+    given = meshes.axes_of(axis_name)
 
     def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:
         if real:
-            require_real(rule, path, leaf)
-        mesh = blocks.mesh_axes(rule, grouping, path, leaf, given(path))
+            require_real(path, leaf)
+        mesh = blocks.mesh_axes(grouping, path, leaf, given(path))
         shape = blocks.on_all_devices(jnp.shape(leaf), mesh)
         axes = grouping.axes(path, shape, shapes)
         return Extent(axes, mesh)
@@ -89,12 +92,12 @@ def extent_of(
     return extent
 
 
-def require_whole(rule: str, path: str, leaf: jax.Array) -> None:
+def require_whole(path: str, leaf: jax.Array) -> None:
     """Raises if the leaf is in parts, of a set whose points no sum can join."""
-    varying = _meshes.varying_axes(leaf)
+    varying = meshes.varying_axes(leaf)
     if varying:
-        raise ValueError(
-            f"{rule}: parameters must be whole on each device, got {path!r}, which "
+        raise error(
+            f"parameters must be whole on each device, got {path!r}, which "
             f"varies over {varying}; project outside shard_map."
         )
 
@@ -116,9 +119,7 @@ def gathered(
     return moved.reshape(*moved.shape[: len(rest)], *ends), back
 
 
-def require_real(rule: str, path: str, leaf: jax.Array) -> None:
+def require_real(path: str, leaf: jax.Array) -> None:
     """Raises if the leaf is complex, of which no number is larger than another."""
     if jnp.iscomplexobj(leaf):
-        raise ValueError(
-            f"{rule}: parameters must be real, got complex ones at {path!r}."
-        )
+        raise error(f"parameters must be real, got complex ones at {path!r}.")

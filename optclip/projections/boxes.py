@@ -14,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip import _checks, _meshes
-from optclip.clipping.groupings import Shape, per_element
-from optclip.clipping.measures import max_abs
-from optclip.clipping.norms import global_norm
+from optclip._core import checks, meshes
+from optclip._core.groupings import Shape, per_element
+from optclip._core.measures import max_abs
+from optclip._core.public import error, public
+from optclip._core.rounding import bound_towards
+from optclip.insight.norms import global_norm
 from optclip.projections.base import Extent, Set, as_it_is, extent_of
-from optclip.projections.rounding import bound_towards
 
 
+@public
 def box(lower: ArrayLike, upper: ArrayLike) -> Set:
     """Elements between two bounds.
 
@@ -44,9 +46,10 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Set:
     >>> print(optclip.project_params(weights, box(-1.0, 0.5))["w"])
     [-1.   0.2  0.5]
     """
-    return _interval("box", lower, upper)
+    return _interval(lower, upper)
 
 
+@public
 def nonnegative() -> Set:
     """Elements that are not negative.
 
@@ -58,9 +61,10 @@ def nonnegative() -> Set:
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), nonnegative()))
     [0.  0.2]
     """
-    return _interval("nonnegative", 0.0, np.inf)
+    return _interval(0.0, np.inf)
 
 
+@public
 def linf_ball(radius: ArrayLike) -> Set:
     """Elements whose magnitude is bounded.
 
@@ -78,11 +82,12 @@ def linf_ball(radius: ArrayLike) -> Set:
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), linf_ball(0.5)))
     [-0.5  0.2]
     """
-    _checks.non_negative("linf_ball", radius=radius)
-    reach = bound_array("linf_ball", radius=radius)
-    return _interval("linf_ball", -reach, reach)
+    checks.non_negative(radius=radius)
+    reach = bound_array(radius=radius)
+    return _interval(-reach, reach)
 
 
+@public
 def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
     """Elements not much larger than the largest that their parameter started with.
 
@@ -112,11 +117,11 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
     >>> print(optax.apply_updates(params, updates))
     [ 0.6 -2. ]
     """
-    _checks.non_negative("init_box", kappa=kappa)
-    _checks.scalar("init_box", kappa=kappa)
+    checks.non_negative(kappa=kappa)
+    checks.scalar(kappa=kappa)
 
     def init(param: jax.Array) -> jax.Array:
-        axes = _meshes.bound(axis_name)
+        axes = meshes.bound(axis_name)
         scale = global_norm(param, max_abs, axes).astype(jnp.float32)
         return jnp.where(scale > 0, scale, jnp.inf).reshape(1)
 
@@ -136,25 +141,23 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
         lower, upper = bounds(x, memory)
         return (x >= lower) & (x <= upper)
 
-    extent = extent_of("init_box", per_element(), real=True)
+    extent = extent_of(per_element(), real=True)
     return Set(extent, as_it_is, project, contains, init)
 
 
-def bound_array(rule: str, **named: Any) -> Any:
+def bound_array(**named: Any) -> Any:
     """A number or array that can be calculated with; raises for anything else."""
     ((name, value),) = named.items()
-    _checks.real(rule, **{name: value})
+    checks.real(**{name: value})
     return value if isinstance(value, jax.Array) else np.asarray(value, np.float64)
 
 
-def _interval(rule: str, lower: ArrayLike, upper: ArrayLike) -> Set:
-    low, high = bound_array(rule, lower=lower), bound_array(rule, upper=upper)
+def _interval(lower: ArrayLike, upper: ArrayLike) -> Set:
+    low, high = bound_array(lower=lower), bound_array(upper=upper)
     static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
     if static and np.any(low > high):
-        raise ValueError(
-            f"{rule}: lower must not be above upper, got {lower} and {upper}."
-        )
-    fits = extent_of(rule, per_element(), real=True)
+        raise error(f"lower must not be above upper, got {lower} and {upper}.")
+    fits = extent_of(per_element(), real=True)
 
     def bounds(dtype: Any) -> tuple[jax.Array, jax.Array]:
         return (
@@ -167,16 +170,16 @@ def _interval(rule: str, lower: ArrayLike, upper: ArrayLike) -> Set:
         shape = jnp.shape(leaf)
         for name, bound in (("lower", low), ("upper", high)):
             if not _broadcasts(bound.shape, shape):
-                raise ValueError(
-                    f"{rule}: {name} must broadcast against every leaf, got shape "
+                raise error(
+                    f"{name} must broadcast against every leaf, got shape "
                     f"{bound.shape} for {path!r} of shape {shape}."
                 )
         if static:
             with jax.ensure_compile_time_eval():
                 empty = bool(np.any(np.greater(*bounds(leaf.dtype))))
             if empty:
-                raise ValueError(
-                    f"{rule}: lower and upper must have a {leaf.dtype} between them, "
+                raise error(
+                    f"lower and upper must have a {leaf.dtype} between them, "
                     f"got {lower} and {upper} for {path!r}."
                 )
         return found

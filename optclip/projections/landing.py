@@ -11,7 +11,7 @@ enough: the update is off by at most half of its own spacing, and rounding never
 a number that the parameters' dtype can represent.
 
 Compiled code may compute p + a·b with one rounding (a fused multiply-add), or keep more
-digits of a bfloat16 than it has. `settled` and `_numerics.fitted` forbid both, so that
+digits of a bfloat16 than it has. `settled` and `numerics.fitted` forbid both, so that
 eager and jitted code land on the same numbers.
 """
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip.projections.rounding import neighbour, rounded
+from optclip._core.rounding import neighbour, rounded
 
 
 def wide_sum(p: jax.Array, u: jax.Array) -> jax.Array:

@@ -15,32 +15,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks, _numerics
-from optclip.clipping.groupings import Grouping, in_range, per_unit
-from optclip.clipping.measures import l2
+from optclip._core import checks, numerics
+from optclip._core.groupings import Grouping, in_range, per_unit
+from optclip._core.measures import l2
+from optclip._core.rounding import bound_towards, rounded, rounded_towards
 from optclip.projections.base import Extent
 from optclip.projections.boxes import bound_array
-from optclip.projections.rounding import bound_towards, rounded, rounded_towards
 
 MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
 
 
-def units(rule: str, axis: int | tuple[int, ...] | None) -> Grouping:
+def units(axis: int | tuple[int, ...] | None) -> Grouping:
     """Units by layout, or over the given axes of every leaf."""
-    _checks.axes(rule, axis=axis)
+    checks.axes(axis=axis)
     if axis is None:
         return per_unit()
     return Grouping(
-        lambda path, shape, shapes: in_range(rule, "axis", path, shape, axis),
+        lambda path, shape, shapes: in_range("axis", path, shape, axis),
         None,
         sums=None,
     )
 
 
-def checked_radius(rule: str, **named: Any) -> Any:
-    _checks.non_negative(rule, **named)
-    _checks.scalar(rule, **named)
-    return bound_array(rule, **named)
+def checked_radius(**named: Any) -> Any:
+    checks.non_negative(**named)
+    checks.scalar(**named)
+    return bound_array(**named)
 
 
 def margin(dtype: Any, wide: Any) -> float:
@@ -61,13 +61,13 @@ def norm_in(radius: Any, room: int = 0) -> Callable[[jax.Array, Extent], jax.Arr
     """
 
     def measure(x: jax.Array, extent: Extent) -> jax.Array:
-        wide = _numerics.wide_dtype(x.dtype)
+        wide = numerics.wide_dtype(x.dtype)
         unit = _power_of_two(bound_towards(radius, wide, 0.0), room)
-        squares = l2.lift(_numerics.times(_numerics.widen(x, wide), 1 / unit))
+        squares = l2.lift(numerics.times(numerics.widen(x, wide), 1 / unit))
         total = jnp.sum(squares, extent.axes, keepdims=True)
         if extent.mesh:
             total = jax.lax.psum(total, extent.mesh)
-        return unit * _numerics.safe_sqrt(total)
+        return unit * numerics.safe_sqrt(total)
 
     return measure
 
@@ -86,8 +86,8 @@ def scaled(
 ) -> jax.Array:
     """Gives each group its target size; rounds outward where it grows, else inward."""
     wanted = jnp.where(jnp.isfinite(size), target, jnp.nan)
-    a, b = _numerics.split(_numerics.factor(size, wanted))
-    moved = _numerics.times(_numerics.widen(x, size.dtype), a * b * a)
+    a, b = numerics.split(numerics.factor(size, wanted))
+    moved = numerics.times(numerics.widen(x, size.dtype), a * b * a)
     moved = jnp.where(b == 0, jnp.zeros_like(moved), moved)
     moved = _fitted(moved, x.dtype, target > size, nearest)
     return jnp.where(target == size, x, moved)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip import _layouts, _numerics, _paths
-from optclip.clipping.groupings import Shape
+from optclip._core import layouts, numerics, paths
+from optclip._core.groupings import Shape
+from optclip._core.public import error
 from optclip.projections.base import Set
 
 Chosen = Callable[[str, Any, Mapping[str, Shape]], bool]
@@ -28,19 +29,17 @@ class Place(NamedTuple):
     extent: Any
 
 
-def places(
-    rule: str, params: Any, set_of: Callable[[str], Set], chosen: Chosen
-) -> list[Place]:
+def places(params: Any, set_of: Callable[[str], Set], chosen: Chosen) -> list[Place]:
     leaves = [
         (index, path, jnp.asarray(value))
-        for index, (path, value) in enumerate(_paths.leaves(params))
-        if _numerics.is_measured(value)
+        for index, (path, value) in enumerate(paths.leaves(params))
+        if numerics.is_measured(value)
     ]
     shapes = {path: leaf.shape for _, path, leaf in leaves}
     kept = [entry for entry in leaves if chosen(*entry[1:], shapes)]
     if leaves and not kept:
-        paths = _paths.some(list(shapes))
-        raise ValueError(f"{rule}: where must select a leaf, got none of {paths}.")
+        listed = paths.some(list(shapes))
+        raise error(f"where must select a leaf, got none of {listed}.")
     found = []
     for index, path, leaf in kept:
         own = set_of(path)
@@ -48,17 +47,17 @@ def places(
     return found
 
 
-def sets_by_path(rule: str, constraint: Any) -> Callable[[str], Set]:
+def sets_by_path(constraint: Any) -> Callable[[str], Set]:
     """The set of each path."""
     if isinstance(constraint, Set):
         return lambda path: constraint
     leaves = jax.tree_util.tree_leaves(constraint, is_leaf=_is_set)
     if not leaves or isinstance(constraint, tuple) or not all(map(_is_set, leaves)):
-        raise ValueError(
-            f"{rule}: constraint must be a Set of optclip or a tree of them, got "
+        raise error(
+            f"constraint must be a Set of optclip or a tree of them, got "
             f"{constraint!r}."
         )
-    return _paths.prefix_lookup(rule, "constraint", constraint, is_leaf=_is_set)
+    return paths.prefix_lookup("constraint", constraint, is_leaf=_is_set)
 
 
 def remembers(constraint: Any) -> bool:
@@ -70,14 +69,14 @@ def _is_set(value: Any) -> bool:
     return isinstance(value, Set)
 
 
-def chosen_by(rule: str, where: Any) -> Chosen:
+def chosen_by(where: Any) -> Chosen:
     if where is None:
         return lambda path, leaf, shapes: True
-    selects = _paths.selector(rule, where)
+    selects = paths.selector(where)
     return lambda path, leaf, shapes: selects(path, leaf)
 
 
 def is_weight(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> bool:
     """Whether a leaf is a kernel or embedding: it has outputs, or such a name."""
     name = path.rpartition("/")[2]
-    return name in WEIGHTS or bool(_layouts.layout(path, shapes).outputs)
+    return name in WEIGHTS or bool(layouts.layout(path, shapes).outputs)

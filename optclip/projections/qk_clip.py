@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks, _numerics, _paths
+from optclip._core import checks, numerics, paths
+from optclip._core.public import error, public
+from optclip._core.rounding import rounded
 from optclip.projections.landing import applied, landing, settled
-from optclip.projections.rounding import rounded
 
 NAME = "max_logits"
 
 
+@public
 def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     """MuonClip's rule: bounds attention logits by rescaling queries and keys.
 
@@ -73,8 +75,8 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     >>> print(optax.apply_updates(params, updates)["query"]["kernel"].ravel())
     [0.5 1. ]
     """
-    _checks.positive("qk_clip", tau=tau)
-    _checks.scalar("qk_clip", tau=tau)
+    checks.positive(tau=tau)
+    checks.scalar(tau=tau)
 
     def init(params: optax.Params) -> optax.EmptyState:
         del params
@@ -90,17 +92,17 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
         if params is None:
-            raise ValueError("qk_clip: params must be given to update, got None.")
+            raise error("params must be given to update, got None.")
         if max_logits is None:
-            raise ValueError(
-                "qk_clip: max_logits must be given to update, got None; call "
+            raise error(
+                "max_logits must be given to update, got None; call "
                 "update(updates, state, params, max_logits=...)."
             )
         flat, treedef = jax.tree_util.tree_flatten(updates)
-        index = {path: n for n, (path, _) in enumerate(_paths.leaves(updates))}
-        values = {path: value for path, value in _paths.leaves(params)}
+        index = {path: n for n, (path, _) in enumerate(paths.leaves(updates))}
+        values = {path: value for path, value in paths.leaves(params)}
         factors: dict[str, jax.Array] = {}
-        for path, largest in _paths.leaves(max_logits):
+        for path, largest in paths.leaves(max_logits):
             factors |= _factors(_module(path), jnp.asarray(largest), values, tau)
         for path, factor in factors.items():
             # A frozen parameter has no update, or MaskedNode for one.
@@ -113,6 +115,7 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@public
 def record_max_logits(attention_fn: Callable[..., jax.Array]) -> Callable[..., Any]:
     """Flax's attention that also records the largest logit of each head.
 
@@ -202,21 +205,21 @@ def _factors(
     inside = f"{module}/" if module else ""
     for name in ("query", "key"):
         if f"{inside}{name}/kernel" not in values:
-            raise ValueError(
-                f"qk_clip: max_logits must name attention modules, got {module!r}, "
+            raise error(
+                f"max_logits must name attention modules, got {module!r}, "
                 f"which has no parameter {name}/kernel."
             )
     if f"{inside}query_ln/scale" in values:
-        raise ValueError(
-            f"qk_clip: queries and keys must not be normalised, got {module!r} with "
+        raise error(
+            f"queries and keys must not be normalised, got {module!r} with "
             "normalize_qk, whose logits the kernels do not decide."
         )
     heads, key_heads = (
         jnp.shape(values[f"{inside}{name}/kernel"])[-2] for name in ("query", "key")
     )
     if largest.ndim == 0 or largest.shape[-1] != heads:
-        raise ValueError(
-            f"qk_clip: max_logits must have one number a head, got shape "
+        raise error(
+            f"max_logits must have one number a head, got shape "
             f"{largest.shape} for {heads} heads at {module!r}."
         )
     largest = largest.astype(jnp.float32)
@@ -238,7 +241,7 @@ def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
     y = applied(p, u)
     stack, between = factor.shape[:-1], p.ndim - factor.ndim - 1
     factor = factor.reshape(*stack, *(1,) * between, factor.shape[-1], 1)
-    wide = _numerics.wide_dtype(p.dtype)
+    wide = numerics.wide_dtype(p.dtype)
     moved = y.astype(wide) * factor.astype(wide)
     moved = rounded(moved, p.dtype).astype(p.dtype)
     return landing(p, u, y, jnp.where(factor == 1, y, moved))

@@ -16,8 +16,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks, _numerics
-from optclip.clipping.groupings import Grouping, Shape, per_leaf
+from optclip._core import checks, numerics
+from optclip._core.groupings import Grouping, Shape, per_leaf
+from optclip._core.public import public
+from optclip._core.rounding import bound_towards, rounded, rounded_towards
 from optclip.projections.base import (
     Extent,
     Set,
@@ -27,9 +29,9 @@ from optclip.projections.base import (
     require_whole,
 )
 from optclip.projections.boxes import bound_array
-from optclip.projections.rounding import bound_towards, rounded, rounded_towards
 
 
+@public
 def l1_ball(
     radius: ArrayLike = 1.0,
     *,
@@ -57,7 +59,7 @@ def l1_ball(
     >>> print(optclip.project_params(x, l1_ball(2.0)).round(5))
     [ 0.  -0.5  1.5]
     """
-    bound = _bound("l1_ball", radius=radius)
+    bound = _bound(radius=radius)
 
     def project(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
         w, back = _rows(x, extent)
@@ -73,13 +75,14 @@ def l1_ball(
         return back(jnp.where(size <= goal, w, inward)).astype(x.dtype)
 
     def contains(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
-        w = x.astype(_numerics.wide_dtype(x.dtype))
+        w = x.astype(numerics.wide_dtype(x.dtype))
         total = jnp.sum(jnp.abs(w), extent.axes, keepdims=True)
         return total <= bound_towards(bound, w.dtype, 0.0)
 
-    return Set(_extent("l1_ball", grouping), as_it_is, project, contains)
+    return Set(_extent(grouping), as_it_is, project, contains)
 
 
+@public
 def simplex(
     total: ArrayLike = 1.0,
     *,
@@ -106,8 +109,8 @@ def simplex(
     >>> print(optclip.project_params(x, simplex()))
     [0.25 0.   0.75]
     """
-    _checks.positive("simplex", total=total)
-    bound = _bound("simplex", total=total)
+    checks.positive(total=total)
+    bound = _bound(total=total)
 
     def project(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
         w, back = _rows(x, extent)
@@ -120,26 +123,26 @@ def simplex(
         return back(rounded(polished, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, extent: Extent, memory: Any) -> jax.Array:
-        w = x.astype(_numerics.wide_dtype(x.dtype))
+        w = x.astype(numerics.wide_dtype(x.dtype))
         goal = jnp.asarray(bound).astype(w.dtype)
         off = jnp.abs(jnp.sum(w, extent.axes, keepdims=True) - goal)
         least = jnp.min(w, extent.axes, keepdims=True)
         return (least >= 0) & (off <= 4 * float(jnp.finfo(x.dtype).eps) * goal)
 
-    return Set(_extent("simplex", grouping), as_it_is, project, contains)
+    return Set(_extent(grouping), as_it_is, project, contains)
 
 
-def _bound(rule: str, **named: Any) -> Any:
-    _checks.non_negative(rule, **named)
-    _checks.scalar(rule, **named)
-    return bound_array(rule, **named)
+def _bound(**named: Any) -> Any:
+    checks.non_negative(**named)
+    checks.scalar(**named)
+    return bound_array(**named)
 
 
-def _extent(rule: str, grouping: Grouping) -> Callable[..., Extent]:
-    found = extent_of(rule, grouping, (), real=True)
+def _extent(grouping: Grouping) -> Callable[..., Extent]:
+    found = extent_of(grouping, (), real=True)
 
     def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:
-        require_whole(rule, path, leaf)
+        require_whole(path, leaf)
         return found(path, leaf, shapes)
 
     return extent
@@ -147,7 +150,7 @@ def _extent(rule: str, grouping: Grouping) -> Callable[..., Extent]:
 
 def _rows(x: jax.Array, extent: Extent) -> tuple[jax.Array, Any]:
     w, back = gathered(x, extent.axes)
-    return w.astype(_numerics.wide_dtype(x.dtype)), back
+    return w.astype(numerics.wide_dtype(x.dtype)), back
 
 
 def _each(

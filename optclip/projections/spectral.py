@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _checks, _layouts, _numerics
-from optclip.clipping.groupings import Shape, stack_of
+from optclip._core import checks, layouts, numerics
+from optclip._core.groupings import Shape, stack_of
+from optclip._core.public import public
+from optclip._core.rounding import bound_towards, rounded
 from optclip.projections.base import (
     Set,
     as_it_is,
@@ -28,7 +30,6 @@ from optclip.projections.base import (
     require_whole,
 )
 from optclip.projections.boxes import bound_array
-from optclip.projections.rounding import bound_towards, rounded
 
 
 class Sides(NamedTuple):
@@ -38,6 +39,7 @@ class Sides(NamedTuple):
     columns: tuple[int, ...]
 
 
+@public
 def spectral_ball(
     radius: ArrayLike = 1.0,
     *,
@@ -77,10 +79,10 @@ def spectral_ball(
     [[2.  0. ]
      [0.  0.5]]
     """
-    _checks.positive("spectral_ball", radius=radius)
-    _checks.scalar("spectral_ball", radius=radius)
-    _check_iterations("spectral_ball", iterations)
-    bound = bound_array("spectral_ball", radius=radius)
+    checks.positive(radius=radius)
+    checks.scalar(radius=radius)
+    _check_iterations(iterations)
+    bound = bound_array(radius=radius)
 
     def project(x: jax.Array, sides: Sides, memory: Any) -> jax.Array:
         w, back = _matrices(x, sides)
@@ -98,10 +100,11 @@ def spectral_ball(
     def contains(x: jax.Array, sides: Sides, memory: Any) -> jax.Array:
         return _largest(x, sides, lambda s: s, 0) <= bound
 
-    extent = _sides_of("spectral_ball", stacked)
+    extent = _sides_of(stacked)
     return Set(extent, as_it_is, project, contains)
 
 
+@public
 def orthogonal(
     *, iterations: int | None = None, stacked: bool | int | str | None = None
 ) -> Set:
@@ -132,7 +135,7 @@ def orthogonal(
     [[ 0.  1.]
      [-1.  0.]]
     """
-    _check_iterations("orthogonal", iterations)
+    _check_iterations(iterations)
 
     def project(x: jax.Array, sides: Sides, memory: Any) -> jax.Array:
         w, back = _matrices(x, sides)
@@ -146,20 +149,20 @@ def orthogonal(
         slack = 4 * float(jnp.finfo(x.dtype).eps)
         return _largest(x, sides, lambda s: jnp.abs(s - 1), slack) <= slack
 
-    extent = _sides_of("orthogonal", stacked)
+    extent = _sides_of(stacked)
     return Set(extent, as_it_is, project, contains)
 
 
-def _check_iterations(rule: str, iterations: int | None) -> None:
+def _check_iterations(iterations: int | None) -> None:
     if iterations is not None:
-        _checks.at_least(rule, 1, iterations=iterations)
+        checks.at_least(1, iterations=iterations)
 
 
-def _sides_of(rule: str, stacked: bool | int | str | None) -> Callable[..., Sides]:
+def _sides_of(stacked: bool | int | str | None) -> Callable[..., Sides]:
     def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Sides:
-        require_real(rule, path, leaf)
-        require_whole(rule, path, leaf)
-        layout = _layouts.layout(path, shapes, stacked=stack_of(stacked, path))
+        require_real(path, leaf)
+        require_whole(path, leaf)
+        layout = layouts.layout(path, shapes, stacked=stack_of(stacked, path))
         return Sides((*layout.window, *layout.inputs), layout.outputs)
 
     return extent
@@ -167,7 +170,7 @@ def _sides_of(rule: str, stacked: bool | int | str | None) -> Callable[..., Side
 
 def _matrices(x: jax.Array, sides: Sides) -> tuple[jax.Array, Any]:
     w, back = gathered(x, *sides)
-    return w.astype(_numerics.wide_dtype(x.dtype)), back
+    return w.astype(numerics.wide_dtype(x.dtype)), back
 
 
 def _largest(
@@ -237,7 +240,7 @@ def _polar_by_products(w: jax.Array, iterations: int) -> jax.Array:
         return _polar_by_products(w.mT, iterations).mT
     size = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)  # keeps squares in range
     w = w / jnp.where(size > 0, size, 1)
-    size = _numerics.safe_sqrt(jnp.sum(jnp.square(w), axis=(-2, -1), keepdims=True))
+    size = numerics.safe_sqrt(jnp.sum(jnp.square(w), axis=(-2, -1), keepdims=True))
     x = w / jnp.where(size > 0, size, 1)
     one = _identity(w)
 

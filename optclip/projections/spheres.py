@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip import _checks
-from optclip.clipping.groupings import Grouping, per_leaf
+from optclip._core import checks
+from optclip._core.groupings import Grouping, per_leaf
+from optclip._core.public import error, public
+from optclip._core.rounding import bound_towards
 from optclip.projections.base import Set, extent_of
 from optclip.projections.norms import checked_radius, margin, norm_in, scaled, units
-from optclip.projections.rounding import bound_towards
 
 
+@public
 def norm_sphere(
     radius: ArrayLike = 1.0,
     *,
@@ -43,9 +45,10 @@ def norm_sphere(
     >>> print(optclip.project_params(jnp.array([3.0, 4.0]), norm_sphere(10.0)))
     [6. 8.]
     """
-    return _sphere("norm_sphere", grouping, axis_name, radius=radius)
+    return _sphere(grouping, axis_name, radius=radius)
 
 
+@public
 def unit_norm(
     axis: int | tuple[int, ...] | None = None, *, axis_name: Any = None
 ) -> Set:
@@ -64,9 +67,10 @@ def unit_norm(
     [[0.6 0. ]
      [0.8 0. ]]
     """
-    return _sphere("unit_norm", units("unit_norm", axis), axis_name, radius=1.0)
+    return _sphere(units(axis), axis_name, radius=1.0)
 
 
+@public
 def norm_range(
     min_value: ArrayLike = 0.0,
     max_value: ArrayLike = 1.0,
@@ -100,16 +104,16 @@ def norm_range(
      [2.8  0.6 ]]
     """
     bounds = (
-        checked_radius("norm_range", min_value=min_value),
-        checked_radius("norm_range", max_value=max_value),
+        checked_radius(min_value=min_value),
+        checked_radius(max_value=max_value),
     )
-    _checks.scalar("norm_range", rate=rate)
-    _checks.between("norm_range", 0, 1, rate=rate)
+    checks.scalar(rate=rate)
+    checks.between(0, 1, rate=rate)
     numbers = (int, float, np.generic)
     if isinstance(min_value, numbers) and isinstance(max_value, numbers):
         if min_value > max_value:
-            raise ValueError(
-                f"norm_range: min_value must not be above max_value, got {min_value} "
+            raise error(
+                f"min_value must not be above max_value, got {min_value} "
                 f"and {max_value}."
             )
 
@@ -133,12 +137,12 @@ def norm_range(
         within = (size >= low * (1 - slack)) & (size <= high * (1 + slack))
         return within | (size == 0)
 
-    extent = extent_of("norm_range", units("norm_range", axis), axis_name)
+    extent = extent_of(units(axis), axis_name)
     return Set(extent, norm_in(bounds[1]), project, contains)
 
 
-def _sphere(rule: str, grouping: Grouping, axis_name: Any, **named: Any) -> Set:
-    radius = checked_radius(rule, **named)
+def _sphere(grouping: Grouping, axis_name: Any, **named: Any) -> Set:
+    radius = checked_radius(**named)
 
     def off(x: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
         """By how much the norm is not the radius, in units in the last place."""
@@ -153,5 +157,5 @@ def _sphere(rule: str, grouping: Grouping, axis_name: Any, **named: Any) -> Set:
     def contains(x: jax.Array, size: jax.Array, memory: Any) -> jax.Array:
         return (off(x, size)[1] <= 4) | (size == 0)
 
-    extent = extent_of(rule, grouping, axis_name)
+    extent = extent_of(grouping, axis_name)
     return Set(extent, norm_in(radius), project, contains)

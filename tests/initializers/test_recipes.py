@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from optclip import _paths
+from optclip._core import paths as _paths
 from optclip.initializers import (
     Preset,
     dcgan,

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optclip import _paths
+from optclip._core import paths as _paths
 from optclip.initializers import (
     delta_orthogonal,
     gain,

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from optclip import _paths
+from optclip._core import paths as _paths
 from optclip.initializers import he_normal, lsuv, redraw, signal_report, zeros
 
 from .models import LAYERS, TEXT, NnxTransformer, Transformer

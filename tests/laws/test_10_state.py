@@ -17,7 +17,7 @@ from flax import nnx
 
 import optclip
 from optclip import groupings, thresholds
-from optclip.clipping.thresholds import Threshold
+from optclip.thresholds import Threshold
 from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import on_mesh
 

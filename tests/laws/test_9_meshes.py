@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import optclip
 from optclip import groupings, measures, sets, thresholds
-from optclip.clipping.thresholds import Threshold
+from optclip.thresholds import Threshold
 from tests.laws.table import projections, rows
 from tests.laws.trees import on_mesh
 

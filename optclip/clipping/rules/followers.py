@@ -10,14 +10,16 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.groupings import Grouping, per_element, per_leaf, whole
+from optclip._core.measures import Measure, l2
+from optclip._core.public import public
 from optclip.clipping import thresholds
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
-from optclip.clipping.groupings import Grouping, per_element, per_leaf, whole
-from optclip.clipping.measures import Measure, l2
 
 
+@public
 def adagc(
     relative: ArrayLike = 1.05,
     absolute: ArrayLike = 1.0,
@@ -59,19 +61,19 @@ def adagc(
     >>> print(updates)
     [1.05]
     """
-    _checks.positive("adagc", relative=relative, absolute=absolute)
-    with _checks.inside("adagc"):
-        threshold = thresholds.ema_multiple(relative, decay, warmup_steps, absolute)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    checks.positive(relative=relative, absolute=absolute)
+    threshold = thresholds.ema_multiple(relative, decay, warmup_steps, absolute)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@public
 def quantile_clip(
     quantile: ArrayLike = 0.5,
     learning_rate: ArrayLike = 0.2,
@@ -107,18 +109,18 @@ def quantile_clip(
     >>> print(updates)
     [1.]
     """
-    with _checks.inside("quantile_clip"):
-        threshold = thresholds.online_quantile(quantile, learning_rate)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    threshold = thresholds.online_quantile(quantile, learning_rate)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@public
 def norm_growth_clip(
     gamma: ArrayLike = 1.01,
     *,
@@ -153,18 +155,18 @@ def norm_growth_clip(
     >>> print(updates)
     [1.5]
     """
-    with _checks.inside("norm_growth_clip"):
-        threshold = thresholds.growth(gamma)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    threshold = thresholds.growth(gamma)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@public
 def second_moment_clip(
     theta: ArrayLike = 5000.0,
     decay: ArrayLike = 0.999,
@@ -203,13 +205,12 @@ def second_moment_clip(
     >>> print(updates)
     [0.06324556]
     """
-    with _checks.inside("second_moment_clip"):
-        threshold = thresholds.second_moment(theta, decay, warmup_steps)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    threshold = thresholds.second_moment(theta, decay, warmup_steps)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )

@@ -11,14 +11,15 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip._core.groupings import Grouping, whole
+from optclip._core.measures import Measure, l2
+from optclip._core.public import public
 from optclip.clipping import thresholds
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
-from optclip.clipping.groupings import Grouping, whole
-from optclip.clipping.measures import Measure, l2
 
 
+@public
 def spike_clip(
     z: ArrayLike = 3.0,
     window: int = 48,
@@ -60,18 +61,18 @@ def spike_clip(
     1.70
     1.20
     """
-    with _checks.inside("spike_clip"):
-        threshold = thresholds.robust(z, window, prior_spread, prior_steps)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    threshold = thresholds.robust(z, window, prior_spread, prior_steps)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@public
 def autoclip(
     percentile: ArrayLike = 10.0,
     window: int = 1000,
@@ -105,18 +106,18 @@ def autoclip(
     >>> print(tx.update(jnp.array([3.0]), state)[0])
     [2.]
     """
-    with _checks.inside("autoclip"):
-        threshold = thresholds.percentile(percentile, window, multiple)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    threshold = thresholds.percentile(percentile, window, multiple)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@public
 def zclip(
     z_threshold: ArrayLike = 2.5,
     decay: ArrayLike = 0.97,
@@ -159,16 +160,15 @@ def zclip(
     >>> print(updates)
     [1.515863]
     """
-    with _checks.inside("zclip"):
-        threshold = thresholds.zscore(z_threshold, decay, warmup_steps, mode, eps)
-        if max_norm is not None:
-            ceiling = thresholds.from_limit("zclip", max_norm=max_norm)
-            threshold = thresholds.tightest(threshold, ceiling)
-        return clip_by(
-            threshold,
-            measure=measure,
-            grouping=grouping,
-            action=action,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-        )
+    threshold = thresholds.zscore(z_threshold, decay, warmup_steps, mode, eps)
+    if max_norm is not None:
+        ceiling = thresholds.from_limit(max_norm=max_norm)
+        threshold = thresholds.tightest(threshold, ceiling)
+    return clip_by(
+        threshold,
+        measure=measure,
+        grouping=grouping,
+        action=action,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _checks, _numerics
+from optclip._core import checks, numerics
+from optclip._core.public import public
 from optclip.clipping.thresholds.base import Seen, Threshold, one_more
 
 
@@ -28,6 +29,7 @@ class MultipleState(NamedTuple):
     seen: jax.Array
 
 
+@public
 def ema_multiple(
     multiple: ArrayLike = 1.05,
     decay: ArrayLike = 0.98,
@@ -60,10 +62,10 @@ def ema_multiple(
     >>> import optclip
     >>> tx = optclip.clip_by(ema_multiple(), grouping=optclip.groupings.per_leaf())
     """
-    _checks.positive("ema_multiple", multiple=multiple)
-    _checks.fraction("ema_multiple", decay=decay)
-    _checks.at_least("ema_multiple", 1, warmup_steps=warmup_steps)
-    _checks.positive("ema_multiple", warmup_norm=warmup_norm)
+    checks.positive(multiple=multiple)
+    checks.fraction(decay=decay)
+    checks.at_least(1, warmup_steps=warmup_steps)
+    checks.positive(warmup_norm=warmup_norm)
 
     def init(seen: Seen) -> MultipleState:
         return MultipleState(
@@ -77,7 +79,7 @@ def ema_multiple(
         assert seen.whole is not None  # the engine gives what `needs_whole` asks for
         whole = jnp.where(seen.whole > 0, seen.whole, 1)
         norm = jnp.asarray(warmup_norm, whole.dtype)
-        share = jnp.minimum(_numerics.quotient(norm, whole), 1)
+        share = jnp.minimum(numerics.quotient(norm, whole), 1)
         relative = jnp.asarray(multiple, seen.size.dtype) * state.average
         return jnp.where(starting(state), seen.size * share, relative)
 
@@ -94,6 +96,7 @@ def ema_multiple(
     return Threshold(limit, init, observe, needs_whole=True)
 
 
+@public
 def online_quantile(
     quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2
 ) -> Threshold:
@@ -117,8 +120,8 @@ def online_quantile(
     >>> import optclip
     >>> tx = optclip.clip_by(online_quantile(0.9))
     """
-    _checks.between("online_quantile", 0, 1, quantile=quantile)
-    _checks.positive("online_quantile", learning_rate=learning_rate)
+    checks.between(0, 1, quantile=quantile)
+    checks.positive(learning_rate=learning_rate)
 
     def observe(estimate: jax.Array, seen: Seen, limit: jax.Array) -> jax.Array:
         dtype = seen.size.dtype
@@ -133,6 +136,7 @@ def online_quantile(
     )
 
 
+@public
 def growth(gamma: ArrayLike = 1.01) -> Threshold:
     """A size may grow by a fixed ratio a step; it falls freely.
 
@@ -153,7 +157,7 @@ def growth(gamma: ArrayLike = 1.01) -> Threshold:
     >>> import optclip
     >>> tx = optclip.clip_by(growth(1.01), grouping=optclip.groupings.per_leaf())
     """
-    _checks.between("growth", 1, math.inf, gamma=gamma)
+    checks.between(1, math.inf, gamma=gamma)
 
     def limit(last: jax.Array, seen: Seen) -> jax.Array:
         grown = jnp.asarray(gamma, seen.size.dtype) * last
@@ -165,6 +169,7 @@ def growth(gamma: ArrayLike = 1.01) -> Threshold:
     return Threshold(limit, lambda seen: jnp.zeros_like(seen.size), observe)
 
 
+@public
 def second_moment(
     theta: ArrayLike = 5000.0, decay: ArrayLike = 0.999, warmup_steps: int = 20
 ) -> Threshold:
@@ -189,9 +194,9 @@ def second_moment(
     >>> import optclip
     >>> tx = optclip.clip_by(second_moment(), grouping=optclip.groupings.per_element())
     """
-    _checks.positive("second_moment", theta=theta)
-    _checks.fraction("second_moment", decay=decay)
-    _checks.at_least("second_moment", 1, warmup_steps=warmup_steps)
+    checks.positive(theta=theta)
+    checks.fraction(decay=decay)
+    checks.at_least(1, warmup_steps=warmup_steps)
 
     def limit(root: jax.Array, seen: Seen) -> jax.Array:
         bar = jnp.sqrt(jnp.asarray(theta, seen.size.dtype))
@@ -201,7 +206,7 @@ def second_moment(
     def observe(root: jax.Array, seen: Seen, limit: jax.Array) -> jax.Array:
         x = jnp.minimum(seen.size, limit)
         keep, take = (jnp.asarray(share, x.dtype) for share in (decay, 1 - decay))
-        return _numerics.hypot(jnp.sqrt(keep) * root, jnp.sqrt(take) * x)
+        return numerics.hypot(jnp.sqrt(keep) * root, jnp.sqrt(take) * x)
 
     return Threshold(limit, lambda seen: jnp.zeros_like(seen.size), observe)
 

@@ -5,11 +5,14 @@ limit from its state and from what it sees, `observe` gives the next state, and 
 the first. The engine never lets it observe a group that is not finite.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from optclip._core.public import Part
 
 
 class Seen(NamedTuple):
@@ -31,7 +34,8 @@ class Seen(NamedTuple):
     whole: jax.Array | None = None
 
 
-class Threshold(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Threshold(Part):
     """How big a group may be; see this module's docstring.
 
     Attributes:

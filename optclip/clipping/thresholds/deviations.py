@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _checks, _numerics
+from optclip._core import checks, numerics
+from optclip._core.public import public
 from optclip.clipping.thresholds.base import Seen, Threshold, one_more
 
 
@@ -24,6 +25,7 @@ class ZScoreState(NamedTuple):
     seen: jax.Array
 
 
+@public
 def zscore(
     z_threshold: ArrayLike = 2.5,
     decay: ArrayLike = 0.97,
@@ -63,11 +65,11 @@ def zscore(
     >>> ceiling = optclip.thresholds.constant(1.0)
     >>> tx = optclip.clip_by(optclip.thresholds.tightest(zscore(), ceiling))
     """
-    _checks.positive("zscore", z_threshold=z_threshold)
-    _checks.fraction("zscore", decay=decay)
-    _checks.at_least("zscore", 1, warmup_steps=warmup_steps)
-    _checks.choice("zscore", ("reciprocal", "mean", "max"), mode=mode)
-    _checks.non_negative("zscore", eps=eps)
+    checks.positive(z_threshold=z_threshold)
+    checks.fraction(decay=decay)
+    checks.at_least(1, warmup_steps=warmup_steps)
+    checks.choice(("reciprocal", "mean", "max"), mode=mode)
+    checks.non_negative(eps=eps)
 
     def init(seen: Seen) -> ZScoreState:
         return ZScoreState(
@@ -84,7 +86,7 @@ def zscore(
         outlier = seen.size > edge
         excess = jnp.where(outlier, seen.size - state.mean, 1)
         if mode == "reciprocal":
-            share = _numerics.quotient(deviation + floor, excess)
+            share = numerics.quotient(deviation + floor, excess)
             clipped = state.mean + bar**2 * deviation * share
         elif mode == "mean":
             clipped = state.mean
@@ -102,7 +104,7 @@ def zscore(
         mean = keep * state.mean + take * x
         # While warming, Welford's increment: (x - old mean)·(x - new mean) / count.
         step = jnp.where(warming, jnp.sqrt(keep) * (x - state.mean), x - mean)
-        deviation = _numerics.hypot(
+        deviation = numerics.hypot(
             jnp.sqrt(keep) * state.deviation, jnp.sqrt(take) * jnp.abs(step)
         )
         learned = ZScoreState(mean, deviation, one_more(state.seen))

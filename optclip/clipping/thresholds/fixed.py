@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks, _paths
+from optclip._core import checks, paths
+from optclip._core.public import error, public
 from optclip.clipping.thresholds.base import Seen, Threshold
 
 
+@public
 def constant(limit: ArrayLike) -> Threshold:
     """The same limit for every group at every step.
 
@@ -34,14 +36,13 @@ def constant(limit: ArrayLike) -> Threshold:
     >>> import optclip
     >>> tx = optclip.clip_by(constant(1.0))
     """
-    _checks.limit_like("constant", limit=limit)
+    checks.limit_like(limit=limit)
     if callable(limit):
-        raise ValueError(
-            f"constant: limit must be a number, got {limit!r}; use scheduled(schedule)."
-        )
+        raise error(f"limit must be a number, got {limit!r}; use scheduled(schedule).")
     return Threshold(lambda _, seen: limit)
 
 
+@public
 def scheduled(schedule: optax.Schedule) -> Threshold:
     """A limit that follows an Optax schedule: schedule(step), with step 0 first.
 
@@ -59,29 +60,28 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
     >>> tx = optclip.clip_by(scheduled(optax.linear_schedule(1.0, 0.1, 1000)))
     """
     if not callable(schedule):
-        raise ValueError(f"scheduled: schedule must be callable, got {schedule!r}.")
-
-    rule = _checks.caller("scheduled")
+        raise error(f"schedule must be callable, got {schedule!r}.")
 
     def limit(state: Any, seen: Seen) -> ArrayLike:
         value = schedule(seen.step)
-        _checks.given(rule, **{"schedule(step)": value})
+        checks.given(**{"schedule(step)": value})
         return value
 
     return Threshold(limit)
 
 
-def from_limit(rule: str, **named: Any) -> Threshold:
+@public
+def from_limit(**named: Any) -> Threshold:
     """A rule's threshold argument: a number, an array, a traced value, a schedule."""
-    _checks.limit_like(rule, **named)
+    checks.limit_like(**named)
     ((_, value),) = named.items()
     if not callable(value):
         return Threshold(lambda _, seen: value)
     schedule: Any = value
-    with _checks.inside(rule):
-        return scheduled(schedule)
+    return scheduled(schedule)
 
 
+@public
 def unlimited() -> Threshold:
     """No limit: sizes are measured, and no update is ever changed.
 
@@ -91,6 +91,7 @@ def unlimited() -> Threshold:
     return Threshold(lambda _, seen: None)
 
 
+@public
 def per_path(
     limits: Any, default: ArrayLike | optax.Schedule | None = None
 ) -> Threshold:
@@ -114,29 +115,30 @@ def per_path(
     >>> print(updates["a"], updates["b"])
     [1.] [3.]
     """
-    for path, value in _paths.leaves(limits):
-        _checks.limit_like("per_path", **{f"limits[{path!r}]": value})
+    for path, value in paths.leaves(limits):
+        checks.limit_like(**{f"limits[{path!r}]": value})
     if default is not None:
-        _checks.limit_like("per_path", default=default)
-    lookup = _paths.prefix_lookup("per_path", "limits", limits, default=default)
+        checks.limit_like(default=default)
+    lookup = paths.prefix_lookup("limits", limits, default=default)
 
     def limit(state: Any, seen: Seen) -> jax.Array:
         if seen.names is None:
-            raise ValueError(
-                "per_path: limits must go with a grouping whose groups have names "
+            raise error(
+                "limits must go with a grouping whose groups have names "
                 "(per_leaf, per_label), got one whose groups have none."
             )
         values = []
         for name in seen.names:
             value = lookup(name)
             value = value(seen.step) if callable(value) else value
-            _checks.given("per_path", **{f"limits[{name!r}]": value})
+            checks.given(**{f"limits[{name!r}]": value})
             values.append(jnp.asarray(value, seen.size.dtype))
         return jnp.stack(values)
 
     return Threshold(limit)
 
 
+@public
 def tightest(*thresholds: Threshold) -> Threshold:
     """The smallest limit of several thresholds, group by group.
 
@@ -150,9 +152,9 @@ def tightest(*thresholds: Threshold) -> Threshold:
     >>> tx = optclip.clip_by(tightest(falling, constant(5.0)))
     """
     if not thresholds:
-        raise ValueError("tightest: thresholds must be at least one, got none.")
+        raise error("thresholds must be at least one, got none.")
     for index, threshold in enumerate(thresholds):
-        _checks.instance("tightest", Threshold, **{f"thresholds[{index}]": threshold})
+        checks.instance(Threshold, **{f"thresholds[{index}]": threshold})
 
     def each(states: tuple[Any, ...]) -> zip:
         return zip(thresholds, states, strict=True)

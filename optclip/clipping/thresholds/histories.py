@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import public
 from optclip.clipping.thresholds.base import Seen, Threshold
 
 
@@ -66,6 +67,7 @@ def quantile(history: History, percentile: ArrayLike) -> jax.Array:
     return low + (place - below.astype(ordered.dtype)) * (high - low)
 
 
+@public
 def percentile(
     percentile: ArrayLike = 10.0, window: int = 1000, multiple: ArrayLike = 1.0
 ) -> Threshold:
@@ -92,9 +94,9 @@ def percentile(
     >>> import optclip
     >>> tx = optclip.clip_by(percentile(50.0, window=100, multiple=2.0))
     """
-    _checks.between("percentile", 0, 100, percentile=percentile)
-    _checks.at_least("percentile", 2, window=window)
-    _checks.non_negative("percentile", multiple=multiple)
+    checks.between(0, 100, percentile=percentile)
+    checks.at_least(2, window=window)
+    checks.non_negative(multiple=multiple)
     chosen = percentile
 
     def limit(history: History, seen: Seen) -> jax.Array:
@@ -124,6 +126,7 @@ def _filled(history: History) -> jax.Array:
     return slots < history.seen[None]
 
 
+@public
 def robust(
     z: ArrayLike = 3.0,
     window: int = 48,
@@ -168,9 +171,9 @@ def robust(
     >>> print(f"{updates[0]:.2f}")
     1.70
     """
-    _checks.positive("robust", z=z)
-    _checks.at_least("robust", 2, window=window)
-    _checks.non_negative("robust", prior_spread=prior_spread, prior_steps=prior_steps)
+    checks.positive(z=z)
+    checks.at_least(2, window=window)
+    checks.non_negative(prior_spread=prior_spread, prior_steps=prior_steps)
 
     def limit(history: History, seen: Seen) -> jax.Array:
         dtype = seen.size.dtype

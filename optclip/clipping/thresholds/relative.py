@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip import _checks
+from optclip._core import checks
+from optclip._core.public import public
 from optclip.clipping.thresholds.base import Seen, Threshold
 
 
+@public
 def relative_to_params(
     ratio: ArrayLike | optax.Schedule, eps: ArrayLike = 1e-3
 ) -> Threshold:
@@ -35,15 +37,14 @@ def relative_to_params(
     >>> print(updates)
     [0.06 0.08]
     """
-    _checks.limit_like("relative_to_params", ratio=ratio)
-    _checks.limit_like("relative_to_params", eps=eps)
-    rule = _checks.caller("relative_to_params")
+    checks.limit_like(ratio=ratio)
+    checks.limit_like(eps=eps)
 
     def limit(state: Any, seen: Seen) -> jax.Array:
         share = ratio
         if callable(ratio):
             share = ratio(seen.step)
-            _checks.given(rule, **{"schedule(step)": share})
+            checks.given(**{"schedule(step)": share})
         floor = jnp.asarray(eps, seen.size.dtype)
         assert seen.params is not None  # the engine gives what `needs_params` asks for
         return jnp.asarray(share, seen.size.dtype) * jnp.maximum(seen.params, floor)

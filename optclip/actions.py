@@ -1,0 +1,12 @@
+"""To what size: what happens to a group, given its size and its limit.
+
+| action | target size |
+|---|---|
+| `rescale()` | min(size, limit) (default) |
+| `rescale(div_eps)` | size · min(1, limit / (size + div_eps)), PyTorch's |
+| `smooth()` | size / (1 + size / limit) |
+"""
+
+from optclip.clipping.actions import Action, rescale, smooth
+
+__all__ = ["Action", "rescale", "smooth"]

@@ -1,0 +1,175 @@
+"""`skip_step`: a bad step is dropped whole, and the inner optimizer never sees it.
+
+    size of all updates > limit, or not finite, or the loss above its own limit
+        → updates zero, inner state untouched (selected, never multiplied)
+
+It stands around an optimizer, where a clip stands before one.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optclip._core import checks, numerics
+from optclip._core.measures import Measure, l2, max_abs
+from optclip._core.metrics import SkipMetrics
+from optclip._core.public import error, public
+from optclip.clipping.engine import clip_by
+from optclip.clipping.thresholds.base import Threshold, one_more
+from optclip.clipping.thresholds.fixed import from_limit
+
+Limit = ArrayLike | optax.Schedule | Threshold
+
+
+class SkipState(NamedTuple):
+    """The state of `skip_step`.
+
+    Attributes:
+      watch: what watches the updates: threshold state, size, limit, counters.
+      value_watch: the same for the loss, () without `value_threshold`.
+      metrics: the counters of skips; read all of them with `optclip.metrics`.
+      inner_state: of the inner optimizer.
+    """
+
+    watch: Any  # ClipState
+    value_watch: Any  # ClipState or ()
+    metrics: SkipMetrics
+    inner_state: Any
+
+
+@public
+def skip_step(
+    inner: optax.GradientTransformation,
+    threshold: Limit,
+    *,
+    value_threshold: Limit | None = None,
+    max_consecutive: int = 10,
+    measure: Measure = l2,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Drops a step whose updates, or whose loss, are out of bounds.
+
+    On a dropped step the updates are zero and the inner optimizer's state stays as it
+    was: no moment, no counter, no schedule moves. A step that is not finite is always
+    dropped. After `max_consecutive` drops in a row a finite step passes whatever its
+    size, so that a lasting change of level does not stop the training.
+
+    Args:
+      inner: any optimizer.
+      threshold: how big all updates together may be: a non-negative number, a schedule
+        of the step, or any of `optclip.thresholds` (`robust()`, `zscore()`, …).
+      value_threshold: the same for the loss's magnitude, which the training loop then
+        passes as `update(updates, state, params, value=loss)`. `nnx.Optimizer.update`
+        passes extra arguments on; Linen's `TrainState.apply_gradients` cannot.
+      max_consecutive: a positive integer (static_args).
+      measure: of the updates.
+      axis_name: as in `clip_by`; the loss must be the same on every device.
+
+    Returns:
+      A gradient transformation with state `SkipState`. A threshold learns from the size
+      of dropped finite steps too, and never from one that is not finite: it recovers on
+      the very next step.
+
+    Raises:
+      ValueError: if inner is no gradient transformation, a static limit is negative,
+        NaN or not a number, or max_consecutive is not a positive integer; at update, if
+        `value` is missing or not a scalar.
+
+    Reference: the rule is OLMo's SkipStepOptimizer (2024), with any threshold.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> tx = skip_step(optax.sgd(1.0, momentum=0.9), 10.0)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for size in (1.0, 1000.0, jnp.nan):
+    ...     updates, state = tx.update(jnp.array([size]), state)
+    >>> print(updates, state.metrics.skipped_steps)
+    [0.] 2
+    """
+    checks.at_least(1, max_consecutive=max_consecutive)
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise error(f"inner must be an optimizer, got {inner!r}.")
+    inner = optax.with_extra_args_support(inner)
+    watch = _watch("threshold", threshold, measure, axis_name)
+    value_watch = None
+    if value_threshold is not None:
+        value_watch = _watch("value_threshold", value_threshold, max_abs, ())
+
+    def init(params: optax.Params) -> SkipState:
+        return SkipState(
+            watch=watch.init(params),
+            value_watch=value_watch.init(jnp.zeros(())) if value_watch else (),
+            metrics=SkipMetrics(
+                skipped_steps=jnp.zeros((), jnp.int32),
+                consecutive_skips=jnp.zeros((), jnp.int32),
+            ),
+            inner_state=inner.init(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SkipState]:
+        if state is None:
+            state = init(updates if params is None else params)
+        seen: Any
+        _, seen = watch.update(updates, state.watch, params)
+        finite, high = _judge(seen)
+        seen_value: Any = ()
+        if value_watch:
+            loss = _loss(extra_args)
+            _, seen_value = value_watch.update(loss, state.value_watch)
+            finite_value, high_value = _judge(seen_value)
+            finite, high = finite & finite_value, high | high_value
+
+        patient = state.metrics.consecutive_skips < max_consecutive
+        skip = ~finite | (high & patient)
+        moved, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        moved = jax.tree.map(
+            lambda u: numerics.choose(skip, jnp.zeros_like(u), u), moved
+        )
+        inner_state = jax.tree.map(  # of any kind, and old and new of any two dtypes
+            lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
+        )
+        counted = SkipMetrics(
+            jnp.where(
+                skip, one_more(state.metrics.skipped_steps), state.metrics.skipped_steps
+            ),
+            jnp.where(skip, one_more(state.metrics.consecutive_skips), 0),
+        )
+        return moved, SkipState(seen, seen_value, counted, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _watch(
+    name: str, limit: Limit, measure: Measure, axis_name: Any
+) -> optax.GradientTransformationExtraArgs:
+    """A clip of which only the numbers are used; its output is dead code to XLA."""
+    if isinstance(limit, Threshold):
+        threshold = limit
+    else:
+        threshold = from_limit(**{name: limit})
+    return clip_by(threshold, measure=measure, axis_name=axis_name)
+
+
+def _judge(seen: Any) -> tuple[jax.Array, jax.Array]:
+    """Whether the last size was finite, and whether it was not within its limit."""
+    size, limit = seen.metrics.size, jnp.maximum(seen.metrics.limit, 0)
+    return jnp.isfinite(size), ~(size <= limit)  # a limit of NaN shows: nothing passes
+
+
+def _loss(extra_args: dict[str, Any]) -> jax.Array:
+    if "value" not in extra_args:
+        raise error(
+            "value must be given to update beside a value_threshold, got "
+            "none; call update(updates, state, params, value=loss)."
+        )
+    checks.scalar(value=extra_args["value"])
+    return jnp.asarray(extra_args["value"]).astype(jnp.float32)

@@ -1,0 +1,218 @@
+"""The signal at initialization: what each layer passes on, and what comes back.
+
+    forward    y  = layer(x):  mean, variance, share of dead units
+    backward   ∂L/∂y:          mean, variance, share of dead units
+
+These are activations and their cotangents, not gradients of parameters. A variance that
+falls or grows by a factor from layer to layer is a network that will not train; a unit
+whose every cotangent is zero, as behind a dead ReLU, cannot learn.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optclip._core import layouts
+from optclip._core.public import error, public
+from optclip.initializers import layer_hooks as taps
+from optclip.initializers import parameter_info as planning
+
+
+class Moments(NamedTuple):
+    """Of all elements of one array.
+
+    Attributes:
+      mean: their mean.
+      variance: their variance.
+      dead: the share of units (the last axis) that are zero for every example.
+    """
+
+    mean: float
+    variance: float
+    dead: float
+
+
+class Signal(NamedTuple):
+    """One layer's signal; `layer` is its path, with its number in a stack."""
+
+    layer: str
+    forward: Moments
+    backward: Moments
+
+
+class SignalReport(NamedTuple):
+    """The signals of all layers, in the order in which they are called.
+
+    `print(report)` is a table and `report.plot()` a picture.
+    """
+
+    rows: tuple[Signal, ...]
+
+    def __str__(self) -> str:
+        width = max([len(row.layer) for row in self.rows] + [len("layer")])
+        lines = [
+            f"{'':{width}}{'forward':>32}{'backward':>32}",
+            f"{'layer':{width}}" + f"{'mean':>12}{'variance':>12}{'dead':>8}" * 2,
+        ]
+        for layer, *both in self.rows:
+            numbers = [
+                f"{m.mean:12.3g}{m.variance:12.3g}{_share(m.dead):>8}" for m in both
+            ]
+            lines.append(f"{layer:{width}}" + "".join(numbers))
+        return "\n".join(lines)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the variances, and below them the shares of dead units.
+
+        Args:
+          axes: two of matplotlib's Axes, one above the other; a new figure if None.
+
+        Returns:
+          The figure.
+        """
+        from matplotlib.figure import Figure
+
+        if axes is None:
+            names = max(len(row.layer) for row in self.rows) / 14
+            size = (max(6.0, 0.22 * len(self.rows)), 5 + names)
+            figure = Figure(figsize=size, layout="constrained")
+            axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        above, below = axes
+        above.set(yscale="log", ylabel="variance", title="Signal, layer by layer")
+        place = np.arange(len(self.rows))
+        for number, direction in enumerate(("forward", "backward")):
+            moments = [getattr(row, direction) for row in self.rows]
+            label = "activation" if direction == "forward" else "its gradient"
+            style = {"color": f"C{number}", "label": label, "markersize": 4}
+            variance = np.array([m.variance for m in moments])
+            above.plot(place, np.where(variance > 0, variance, np.nan), "o-", **style)
+            # A variance of zero has no place on a logarithmic axis but its foot.
+            for gone in place[variance == 0]:
+                at = {"xy": (gone, 0.01), "xycoords": above.get_xaxis_transform()}
+                above.annotate("0", **at, color=f"C{number}", ha="center")
+            below.plot(place, [m.dead for m in moments], "o-", **style)
+        above.legend()
+        below.set(ylabel="dead units", ylim=(-0.05, 1.05), xlabel="layer")
+        if len(place) <= 100:
+            names = [row.layer for row in self.rows]
+            below.set_xticks(place, names, rotation=90, fontsize="small")
+        return above.figure
+
+
+@public
+def signal_report(
+    module: Any, params: Any, batch: Any, loss: Callable[[Any], jax.Array]
+) -> SignalReport:
+    """Forward and backward signals of every layer, before any training.
+
+        mean, variance and dead units of  y_l  and of  ∂ loss(model(batch)) / ∂ y_l
+
+    Args:
+      module: an `nnx.Module`, or a Linen module; or a function that runs one, where
+        more than the batch must be said: `(variables, batch)` or `(module, batch)`.
+      params: Linen's variables, the NNX module for a function, None for a module alone.
+      batch: what the model is called with.
+      loss: the model's output to a scalar; close over the targets.
+
+    Returns:
+      One row for each layer that has parameters of its own, in the order of the calls;
+      one for each layer of a scanned stack. A layer that is called often (a cell at
+      every step of a sequence, a shared layer) has the averages over its calls.
+
+    Edge cases: a layer whose output does not reach the loss has a gradient of NaN. The
+    numbers are float32, whatever the model's dtype; the module is not changed.
+
+    Raises:
+      ValueError: if module is neither, params are missing, or loss gives no scalar.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> module = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(1)])
+    >>> batch = jax.random.normal(jax.random.key(0), (32, 8))
+    >>> params = module.init(jax.random.key(1), batch)
+    >>> report = signal_report(module, params, batch, lambda y: (y**2).mean())
+    >>> [row.layer for row in report.rows]
+    ['layers_0', 'layers_2']
+    """
+    own, run = taps.opened(module, params)
+    record, called = taps.Recorder(), []
+
+    def tap(path: str, y: jax.Array) -> jax.Array:
+        called.append(path)
+        jax.debug.callback(functools.partial(record, path), *_moments(y))
+        return y
+
+    def value(own: Any) -> jax.Array:
+        scalar = loss(run(own, functools.partial(_watched, record), batch))
+        if jnp.shape(scalar) != ():
+            raise error(f"loss must give a scalar, got shape {jnp.shape(scalar)}.")
+        return scalar
+
+    forward = jax.jit(lambda own: run(own, tap, batch))
+    ahead = record.during(lambda: forward(own))
+    back = record.during(lambda: jax.jit(jax.grad(value))(own))
+    rows = []
+    for path, number in taps.in_order(called, ahead, _stacks(own)):
+        # The way back meets the layers of a scan in reverse.
+        calls, returns = ahead[path], back.get(path, [])[::-1]
+        if len(returns) != len(calls):
+            returns = [(math.nan, math.nan, math.nan)] * len(calls)
+        if number is None:
+            layer, both = path or "(model)", (_averaged(calls), _averaged(returns))
+        else:
+            layer = f"{path}[{number}]"
+            both = Moments(*calls[number]), Moments(*returns[number])
+        rows.append(Signal(layer, *both))
+    return SignalReport(tuple(rows))
+
+
+def _share(dead: float) -> str:
+    return "–" if np.isnan(dead) else f"{dead:.0%}"
+
+
+def _moments(y: jax.Array) -> tuple[jax.Array, ...]:
+    y = y.astype(jnp.float32)
+    dead = (y == 0).all(tuple(range(y.ndim - 1)))
+    return y.mean(), y.var(), dead.astype(jnp.float32).mean()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _watched(record: taps.Recorder, path: str, y: jax.Array) -> jax.Array:
+    """The same value, whose cotangent is recorded on its way back."""
+    return y
+
+
+def _watched_forward(record: Any, path: str, y: jax.Array) -> tuple[jax.Array, None]:
+    return y, None
+
+
+def _watched_backward(record: Any, path: str, _: None, g: jax.Array) -> Any:
+    jax.debug.callback(functools.partial(record, path), *_moments(g))
+    return (g,)
+
+
+_watched.defvjp(_watched_forward, _watched_backward)
+
+
+def _stacks(own: Any) -> dict[str, int]:
+    """How many layers are stacked behind a path, for paths that have stacks."""
+    shapes = planning.shapes_of(own)
+    stacks = {path: layouts.layout(path, shapes).stack for path in shapes}
+    return {
+        path.rpartition("/")[0]: math.prod(shapes[path][axis] for axis in stack)
+        for path, stack in stacks.items()
+        if stack
+    }
+
+
+def _averaged(calls: list[tuple[float, ...]]) -> Moments:
+    """Over several calls: the variance of all their elements together."""
+    mean, variance, dead = np.array(calls).T
+    return Moments(
+        float(mean.mean()), float(variance.mean() + mean.var()), float(dead.mean())
+    )
