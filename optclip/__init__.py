@@ -14,14 +14,16 @@ from optclip.clipping.rules.values import clip as clip
 from optclip.clipping.rules.values import clip_by_value as clip_by_value
 
 # Rules that set their own limit, and the guard around an optimizer.
-from optclip.clipping.rules.followers import adagc as adagc
+from optclip.clipping.rules.adagc import adagc as adagc
 from optclip.clipping.rules.agc import adaptive_grad_clip as adaptive_grad_clip
-from optclip.clipping.rules.outliers import autoclip as autoclip
-from optclip.clipping.rules.followers import norm_growth_clip as norm_growth_clip
-from optclip.clipping.rules.followers import quantile_clip as quantile_clip
-from optclip.clipping.rules.followers import second_moment_clip as second_moment_clip
-from optclip.clipping.rules.outliers import spike_clip as spike_clip
-from optclip.clipping.rules.outliers import zclip as zclip
+from optclip.clipping.rules.autoclip import autoclip as autoclip
+from optclip.clipping.rules.norm_growth_clip import norm_growth_clip as norm_growth_clip
+from optclip.clipping.rules.quantile_clip import quantile_clip as quantile_clip
+from optclip.clipping.rules.second_moment_clip import (
+    second_moment_clip as second_moment_clip,
+)
+from optclip.clipping.rules.spike_clip import spike_clip as spike_clip
+from optclip.clipping.rules.zclip import zclip as zclip
 from optclip.clipping.rules.skip_step import SkipState as SkipState
 from optclip.clipping.rules.skip_step import skip_step as skip_step
 
@@ -55,7 +57,7 @@ from optclip._core.paths import everything as everything
 from optclip._core.paths import mask as mask
 from optclip._core.metrics import ClipMetrics as ClipMetrics
 from optclip._core.metrics import SkipMetrics as SkipMetrics
-from optclip._core.metrics import metrics as metrics
+from optclip.insight.metrics import metrics as metrics
 from optclip.insight.norms import global_norm as global_norm
 from optclip.insight.norms import leaf_norms as leaf_norms
 from optclip.insight.adopt_state import Adopted as Adopted

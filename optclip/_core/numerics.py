@@ -2,7 +2,7 @@
 
 Sizes are computed in at least float32. XLA flushes subnormal numbers to zero, so what
 matters is that no *intermediate* value leaves the normal range while the result lies in
-it: `range_of` says where a dtype's squares start to overflow or vanish, and `factor`
+it: `RANGES` says where a dtype's squares start to overflow or vanish, and `factor`
 and `split` take target/size apart into multipliers that stay normal.
 """
 
@@ -68,14 +68,15 @@ class Range(NamedTuple):
     down: float
 
 
-def range_of(dtype: Any) -> Range:
-    """The range of a real dtype: 2^-63, 2^72 and 2^-80 for float32.
-
-    Up is less far than down, because a tangent of 1 beside a tiny number goes with it.
-    """
-    info = jnp.finfo(dtype)
+def _range_of(dtype: type) -> Range:
+    # Up is less far than down, because a tangent of 1 beside a tiny number goes with it.
+    info = np.finfo(dtype)
     up, down = int(info.maxexp) * 9 // 16, int(info.maxexp) * 5 // 8
     return Range(2.0 ** (int(info.minexp) // 2), 2.0**up, 2.0**-down)
+
+
+# 2^-63, 2^72 and 2^-80 for float32.
+RANGES = {np.dtype(dtype): _range_of(dtype) for dtype in (np.float32, np.float64)}
 
 
 def any_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optclip._core import checks
-from optclip._core import groups as blocks
-from optclip._core import sizes as measuring
+from optclip._core import checks, groups, meshes
 from optclip._core.groupings import Grouping, per_leaf, whole
 from optclip._core.measures import Measure, l2
 from optclip._core.public import error, public
+from optclip._core.sizes import sizes_of
 
 
 @public
@@ -40,7 +39,7 @@ def global_norm(tree: Any, measure: Measure = l2, axis_name: Any = None) -> jax.
     """
     checks.instance(Measure, measure=measure)
     gathered, sizes = _sizes(tree, measure, whole(), axis_name)
-    return sizes[0] if sizes else jnp.zeros((), gathered.wide)
+    return sizes[0] if sizes else jnp.zeros((), gathered.dtype)
 
 
 @public
@@ -93,7 +92,6 @@ def leaf_norms(
 
 def _sizes(
     tree: Any, measure: Measure, grouping: Grouping, axis_name: Any
-) -> tuple[blocks.Gathered, list[jax.Array]]:
-    gathered = blocks.gather(tree, grouping, axis_name)
-    sizes, _ = measuring.measured(gathered, measure, lambda seen: [None] * len(seen))
-    return gathered, sizes
+) -> tuple[groups.Groups, list[jax.Array]]:
+    gathered, leaves = groups.gather(tree, grouping, meshes.axes_of(axis_name))
+    return gathered, sizes_of(gathered, leaves, measure)

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optclip._core import checks, numerics
-from optclip._core import groups as blocks
-from optclip._core import sizes as measuring
+from optclip._core import checks, groups, meshes, numerics
 from optclip._core.groupings import per_example
 from optclip._core.measures import l2
 from optclip._core.public import public
+from optclip._core.sizes import sizes_of
 from optclip.clipping.actions import rescale
 
 
@@ -89,9 +88,11 @@ def per_example_layer_norm_clip(
     """
     checks.limit_like(global_l2_norm_clip=global_l2_norm_clip)
     leaves, treedef = jax.tree_util.tree_flatten(grads)
-    gathered = blocks.gather(grads, per_example(), None)
-    members = [member for group in gathered.groups for member in group.members]
-    dims = {m.index: math.prod(m.leaf.shape[1:]) for m in members}
+    gathered, values = groups.gather(grads, per_example(), meshes.axes_of(None))
+    dims = {
+        gathered.places[index]: math.prod(leaf.shape[1:])
+        for index, leaf in enumerate(values)
+    }
     everything = sum(dims.values())
     sums, counts = list(leaves), [jnp.zeros((), jnp.int32)] * len(leaves)
     for index, dim in dims.items():
@@ -108,14 +109,14 @@ def per_example_layer_norm_clip(
 
 
 def _clipped_sum(grads: Any, clip: ArrayLike) -> tuple[Any, jax.Array]:
-    gathered = blocks.gather(grads, per_example(), None)
+    gathered, leaves = groups.gather(grads, per_example(), meshes.axes_of(None))
     if not gathered.groups:
         return jax.tree.map(_batch_sum, grads), jnp.zeros((), jnp.int32)
-    limit = jnp.asarray(clip, gathered.wide)
-    (size,), _ = measuring.measured(gathered, l2, lambda seen: [limit] * len(seen))
+    limit = jnp.asarray(clip, gathered.dtype)
+    (size,) = sizes_of(gathered, leaves, l2, limit)
     finite = jnp.isfinite(size)
     target = jnp.where(finite, rescale().target(size, limit), 0)
-    clipped = blocks.spread(gathered, [size], [target])
+    clipped = groups.rescaled(gathered, grads, leaves, [size], [target])
     count = jnp.sum((size > limit) | ~finite, dtype=jnp.int32)
     return jax.tree.map(_batch_sum, clipped), count
 

@@ -18,8 +18,7 @@ from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import SkipMetrics
 from optclip._core.public import error, public
 from optclip.clipping.engine import clip_by
-from optclip.clipping.thresholds.base import Threshold, one_more
-from optclip.clipping.thresholds.fixed import from_limit
+from optclip.clipping.thresholds import Threshold, as_threshold
 
 Limit = ArrayLike | optax.Schedule | Threshold
 
@@ -139,9 +138,11 @@ def skip_step(
         )
         counted = SkipMetrics(
             jnp.where(
-                skip, one_more(state.metrics.skipped_steps), state.metrics.skipped_steps
+                skip,
+                optax.safe_increment(state.metrics.skipped_steps),
+                state.metrics.skipped_steps,
             ),
-            jnp.where(skip, one_more(state.metrics.consecutive_skips), 0),
+            jnp.where(skip, optax.safe_increment(state.metrics.consecutive_skips), 0),
         )
         return moved, SkipState(seen, seen_value, counted, inner_state)
 
@@ -152,11 +153,7 @@ def _watch(
     name: str, limit: Limit, measure: Measure, axis_name: Any
 ) -> optax.GradientTransformationExtraArgs:
     """A clip of which only the numbers are used; its output is dead code to XLA."""
-    if isinstance(limit, Threshold):
-        threshold = limit
-    else:
-        threshold = from_limit(**{name: limit})
-    return clip_by(threshold, measure=measure, axis_name=axis_name)
+    return clip_by(as_threshold(**{name: limit}), measure=measure, axis_name=axis_name)
 
 
 def _judge(seen: Any) -> tuple[jax.Array, jax.Array]:
