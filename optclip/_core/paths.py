@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import optax
 
-from optclip._core.public import error, public
+from optclip._core.public import error, naming, public
 from optclip._core.types import Tree, Where
 
 T = TypeVar("T")
@@ -150,10 +150,11 @@ def mask(where: Where) -> Callable[[Tree], Tree]:
 
     def select(tree: Tree) -> Tree:
         found = leaves(tree)
-        chosen = [selects(path, value) for path, value in found]
-        if found and not any(chosen):
-            listed = some([path for path, _ in found])
-            raise ValueError(f"mask: where={where!r} selects no leaf of {listed}.")
+        with naming("mask"):
+            chosen = [selects(path, value) for path, value in found]
+            if found and not any(chosen):
+                listed = some([path for path, _ in found])
+                raise error(f"where={where!r} selects no leaf of {listed}.")
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tree), chosen)
 
     return select
