@@ -111,13 +111,13 @@ def redraw(
 
 def _for_kernels(init: Initializer) -> Preset:
     """A preset that draws kernels with a JAX initializer."""
-    public_names = initializers.__all__
-    factories = [getattr(initializers, name) for name in public_names]
-    if not callable(init) or init in factories:
-        nearest = checks.nearest(getattr(init, "__name__", init), public_names)
+    names = initializers.__all__
+    if not callable(init) or init in [getattr(initializers, name) for name in names]:
+        name = getattr(init, "__name__", init)
+        near = checks.nearest(name, names) if isinstance(name, str) else "'he_normal'"
         raise error(
-            f"preset must be a preset, such as he_normal(), or a JAX initializer, got "
-            f"{init!r}; the nearest names are {nearest}."
+            f"preset must be a preset, made by a call of a function such as {near}, or "
+            f"a JAX initializer, got {init!r}."
         )
     return by_fans(init)
 
