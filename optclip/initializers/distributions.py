@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from optclip._core import checks
 from optclip._core.public import public
 from optclip._core.types import Shape
-from optclip.initializers.presets import Preset, by_fans, of_any_shape
+from optclip.initializers.presets import Preset, by_fans, initializer, of_any_shape
 
 
 @public
@@ -37,7 +37,7 @@ def zeros() -> Preset:
     >>> zeros()(jax.random.key(0), (2, 2)).tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
-    return of_any_shape(jax_initializers.zeros)
+    return of_any_shape(initializer(jax_initializers.zeros))
 
 
 @public
@@ -63,7 +63,7 @@ def normal(stddev: float = 0.01) -> Preset:
     0.02
     """
     checks.non_negative(stddev=stddev)
-    return of_any_shape(jax_initializers.normal(stddev))
+    return of_any_shape(initializer(jax_initializers.normal(stddev)))
 
 
 @public
@@ -90,7 +90,7 @@ def uniform(scale: float = 0.01) -> Preset:
     True
     """
     checks.non_negative(scale=scale)
-    return of_any_shape(jax_initializers.uniform(scale))
+    return of_any_shape(initializer(jax_initializers.uniform(scale)))
 
 
 @public
@@ -138,7 +138,7 @@ def truncated_normal(stddev: float = 0.01, corrected: bool = True) -> Preset:
         modulus, angle = scale * jnp.sqrt(-jnp.log1p(-within * u)), 2 * math.pi * turn
         return jax.lax.complex(modulus * jnp.cos(angle), modulus * jnp.sin(angle))
 
-    return of_any_shape(init)
+    return of_any_shape(initializer(init))
 
 
 @public
@@ -182,4 +182,4 @@ def sparse(sparsity: float, stddev: float = 0.01) -> Preset:
         values = stddev * jax.random.normal(drawn, inputs, dtype)
         return jnp.where(rank < silent, 0, values).reshape(shape)
 
-    return by_fans(init)
+    return by_fans(initializer(init, least_rank=2))

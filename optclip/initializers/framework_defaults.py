@@ -15,17 +15,11 @@ from jax.typing import DTypeLike
 
 from optclip._core.public import public
 from optclip._core.types import Shape
+from optclip.initializers import presets
 from optclip.initializers.kernel_shapes import Initializer
 from optclip.initializers.lecun import lecun_normal
 from optclip.initializers.orthogonal import orthogonal
-from optclip.initializers.presets import (
-    ONE,
-    ZERO,
-    FromFanIn,
-    Preset,
-    initializer,
-    scaled,
-)
+from optclip.initializers.presets import Preset
 from optclip.initializers.xavier import xavier_uniform
 
 
@@ -36,8 +30,8 @@ def flax_default() -> Preset:
         kernel ~ N(0, 1/fan_in) truncated,  recurrent orthogonal,  bias 0,  scale 1,
         embedding ~ N(0, 1/features)
 
-    To reset a model. Differs from Flax where Flax passes an initializer a raw shape: an
-    Einsum, stacked layers, fused recurrent gates.
+    To reset a model. Differs from Flax where Flax passes an initializer a raw shape:
+    an Einsum, stacked layers, fused recurrent gates.
 
     Returns:
       A `Preset`.
@@ -77,7 +71,7 @@ def keras_default() -> Preset:
             **xavier_uniform().draws,
             "recurrent": orthogonal(),
             "embedding": _symmetric_uniform(0.05),
-            "forget_bias": ONE,
+            "forget_bias": presets.ONE,
         }
     )
 
@@ -110,25 +104,25 @@ def torch_default() -> Preset:
 
     PyTorch's defaults: https://docs.pytorch.org/docs/stable/nn.html.
     """
-    by_fan_in = FromFanIn(
+    by_fan_in = presets.FromFanIn(
         "torch_default", lambda fan_in: _symmetric_uniform(1 / math.sqrt(fan_in))
     )
     # The three are drawn as one matrix with three times as many outputs.
-    third = initializer(scaled(0.5, "fan_avg", "uniform"), least_rank=2)
+    third = presets.scaled(0.5, "fan_avg", "uniform")
     draws: dict[str, Initializer] = {
-        "kernel": initializer(scaled(1 / 3, "fan_in", "uniform"), least_rank=2),
+        "kernel": presets.scaled(1 / 3, "fan_in", "uniform"),
         "bias": by_fan_in,
         "recurrent": by_fan_in,
         "recurrent_input": by_fan_in,
-        "embedding": initializer(jax_initializers.normal(1.0)),
-        "scale": ONE,
-        "shift": ZERO,
-        "qkv": initializer(scaled(1.0, "fan_avg", "uniform"), least_rank=2),
-        "qkv_bias": ZERO,
-        "attention_out_bias": ZERO,
+        "embedding": presets.initializer(jax_initializers.normal(1.0)),
+        "scale": presets.ONE,
+        "shift": presets.ZERO,
+        "qkv": presets.scaled(1.0, "fan_avg", "uniform"),
+        "qkv_bias": presets.ZERO,
+        "attention_out_bias": presets.ZERO,
     }
     for part in ("query", "key", "value"):
-        draws |= {part: third, f"{part}_bias": ZERO}
+        draws |= {part: third, f"{part}_bias": presets.ZERO}
     return Preset(draws)
 
 
@@ -139,4 +133,4 @@ def _symmetric_uniform(bound: float) -> Initializer:
         limit = jnp.asarray(bound, dtype)
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
-    return initializer(init)
+    return presets.initializer(init)

@@ -152,14 +152,11 @@ _TABLE = {
     "selu": 0.75,
 }
 # Names without a value in the table, which stand for their function.
-_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    **{
-        name: getattr(jax.nn, name)
-        for name in (
-            *("celu", "elu", "hard_sigmoid", "hard_swish", "hard_tanh", "mish"),
-            *("relu6", "silu", "soft_sign", "softplus", "squareplus", "swish"),
-        )
-    },
+_NAMES = (
+    *("celu", "elu", "hard_sigmoid", "hard_swish", "hard_tanh", "mish", "relu6"),
+    *("silu", "soft_sign", "softplus", "squareplus", "swish"),
+)
+_FUNCTIONS = {name: getattr(jax.nn, name) for name in _NAMES} | {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }

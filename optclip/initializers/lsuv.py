@@ -20,17 +20,11 @@ import numpy as np
 from optclip._core import checks, paths
 from optclip._core.public import error, public
 from optclip._core.types import Tree
-from optclip.initializers import layer_hooks
+from optclip.initializers import layer_hooks, parameter_info
 from optclip.initializers.kernel_shapes import drawing_dtype
 from optclip.initializers.layer_hooks import Recorder
 from optclip.initializers.orthogonal import orthogonal
-from optclip.initializers.parameter_info import (
-    Model,
-    ParameterInfo,
-    is_nnx,
-    parameter_infos,
-    with_params,
-)
+from optclip.initializers.parameter_info import Model, ParameterInfo, is_nnx
 from optclip.initializers.redraw import redraw
 from optclip.initializers.signal_report import mean_and_std
 
@@ -121,11 +115,11 @@ def lsuv(
                 raise error(
                     f"max_iterations must suffice for every layer, got "
                     f"{max_iterations} and still the variance {variance:.3g} from "
-                    f"{path!r}; is it its bias's?"
+                    f"{path!r}; is it that of its bias?"
                 )
             factors[path][... if number is None else number] /= math.sqrt(variance)
             records = measure()
-    return with_params(target, _scaled(own, kernels, factors))
+    return parameter_info.with_params(target, _scaled(own, kernels, factors))
 
 
 # By the path of a layer, what each kernel of its stack is multiplied by.
@@ -134,7 +128,7 @@ _Factors = Mapping[str, np.ndarray]
 
 def _kernels(model: Model) -> dict[str, ParameterInfo]:
     """The kernels by the path of their layer."""
-    infos = parameter_infos(model)
+    infos = parameter_info.found(model)
     kernels = {
         info.path.rpartition("/")[0]: info
         for info in infos

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from optclip._core import checks
 from optclip._core.public import public
 from optclip._core.types import Shape
-from optclip.initializers.presets import Preset, by_fans
+from optclip.initializers.presets import Preset, by_fans, initializer
 
 
 @public
@@ -48,7 +48,7 @@ def orthogonal(gain: float = 1.0) -> Preset:
     Saxe et al. 2013, arXiv 1312.6120.
     """
     checks.non_negative(gain=gain)
-    return by_fans(jax_initializers.orthogonal(gain))
+    return by_fans(initializer(jax_initializers.orthogonal(gain), least_rank=2))
 
 
 @public
@@ -91,7 +91,7 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
             )
         return convolution(key, shape, dtype)
 
-    return by_fans(init)
+    return by_fans(initializer(init, least_rank=2))
 
 
 @public
@@ -159,4 +159,4 @@ def _identity(gain: float) -> Preset:
             jnp.zeros(shape, dtype).at[centre].set(gain * jnp.eye(shape[-2], shape[-1]))
         )
 
-    return by_fans(init)
+    return by_fans(initializer(init, least_rank=2))

@@ -1,6 +1,6 @@
 """What `redraw` goes by: the role, layout and fan-in of every parameter of a model.
 
-    model  ──opened──▶  tree, types  ──parameter_infos──▶  a ParameterInfo each
+    model  ──found──▶  a ParameterInfo for each parameter
 
 A rule of the user's outranks a module's type, and that outranks names and shapes.
 Parameters are told apart by their place in the tree: two whose paths are spelled alike,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -22,7 +22,7 @@ from jax.tree_util import keystr
 from optclip._core import checks, paths
 from optclip._core.layouts import Layout
 from optclip._core.public import error
-from optclip._core.types import Shape, Stacked, Tree
+from optclip._core.types import Shape, Shapes, Stacked, Tree
 from optclip.initializers import roles
 from optclip.initializers.kernel_shapes import Initializer
 
@@ -74,17 +74,21 @@ def params_of(model: Model) -> Tree:
     if is_nnx(model):
         nnx = sys.modules["flax.nnx"]
         return nnx.state(model, nnx.Param)
-    return model["params"] if _has_collections(model) else model
+    # An nnx.State is a mapping too, and its "params" would be some module's name.
+    if type(model).__name__ not in ("dict", "FrozenDict") or "params" not in model:
+        return model
+    collections = all(isinstance(each, Mapping) for each in model.values())
+    return model["params"] if collections else model
 
 
 def with_params(model: Model, new: Tree) -> Tree | None:
     """The model with new parameters; None for a module, which is changed in place."""
     if is_nnx(model):
         return sys.modules["flax.nnx"].update(model, new)
-    return type(model)({**model, "params": new}) if _has_collections(model) else new
+    return new if params_of(model) is model else type(model)({**model, "params": new})
 
 
-def parameter_infos(
+def found(
     model: Model,
     rules: Rules | None = None,
     layouts: Mapping[str, str] | None = None,
@@ -93,17 +97,17 @@ def parameter_infos(
     """What is known of each parameter, in the order of the tree's leaves."""
     tree = params_of(model)
     others = _other_variables(tree) if "flax.nnx" in sys.modules else set()
-    found = [
-        _Parameter(place, leaf.path, tuple(leaf.value.shape))
-        for place, leaf in enumerate(paths.leaves(tree))
-        if jnp.issubdtype(getattr(leaf.value, "dtype", int), jnp.inexact)
+    parameters = [
+        _Parameter(place, str(path), tuple(leaf.shape))
+        for place, (path, leaf) in enumerate(paths.leaves(tree))
+        if jnp.issubdtype(getattr(leaf, "dtype", int), jnp.inexact)
         and place not in others
     ]
-    if not found:
+    if not parameters:
         raise error("params_or_module must have parameters, got none.")
-    spelled = [parameter.path for parameter in found]
-    ruled = _matches("rules", rules or {}, spelled)
-    for pattern, given in ruled.values():
+    shapes = {path: shape for _, path, shape in parameters}
+    ruled = _matches("rules", rules, shapes) if rules else {}
+    for pattern, given in (rules or {}).items():
         if isinstance(given, str):
             checks.known(roles.ROLES, role=given)
         elif given is not None and not callable(given):
@@ -111,10 +115,10 @@ def parameter_infos(
                 f"rules must give a role, a preset, an initializer or None, "
                 f"got {given!r} for {pattern!r}."
             )
-    known = _known(model, found, layouts or {}, stacked)
-    if len(known.shapes) < len(found):
-        return _infos_of_namesakes(tree, found, known, ruled)
-    return [_info(p, p.path, known, ruled.get(p.path)) for p in found]
+    known = _known(model, shapes, layouts, stacked)
+    if len(shapes) < len(parameters):
+        return _of_namesakes(tree, parameters, known, ruled)
+    return [_info(each, each.path, known, ruled) for each in parameters]
 
 
 def check_roles(infos: list[ParameterInfo]) -> None:
@@ -135,13 +139,6 @@ class _Parameter(NamedTuple):
 _Ruled: TypeAlias = Mapping[str, tuple[str, Any]]  # path -> pattern, what it gives
 
 
-def _has_collections(tree: Tree) -> bool:
-    # An nnx.State is a mapping too, and its "params" would be some module's name.
-    if type(tree).__name__ not in ("dict", "FrozenDict") or "params" not in tree:
-        return False
-    return all(isinstance(collection, Mapping) for collection in tree.values())
-
-
 def _other_variables(tree: Tree) -> set[int]:
     """The places of leaves in Variables that are no `nnx.Param`."""
     nnx, places, place = sys.modules["flax.nnx"], set(), 0
@@ -153,7 +150,9 @@ def _other_variables(tree: Tree) -> set[int]:
     return places
 
 
-def _matches(argument: str, patterns: Mapping[str, Any], spelled: list[str]) -> _Ruled:
+def _matches(
+    argument: str, patterns: Mapping[str, Any], spelled: Iterable[str]
+) -> _Ruled:
     """By path, the first pattern that is found in it, and what the pattern gives."""
     found: dict[str, tuple[str, Any]] = {}
     for pattern, given in patterns.items():
@@ -161,34 +160,31 @@ def _matches(argument: str, patterns: Mapping[str, Any], spelled: list[str]) -> 
         if not at:
             raise error(
                 f"{argument} must be patterns found in some path, got {pattern!r}, "
-                f"found in none of {paths.some(spelled)}."
+                f"found in none of {paths.some(list(spelled))}."
             )
         found = dict.fromkeys(at, (pattern, given)) | found
     return found
 
 
 def _known(
-    model: Model,
-    found: list[_Parameter],
-    layouts: Mapping[str, str],
-    stacked: Stacked,
+    model: Model, shapes: Shapes, layouts: Mapping[str, str] | None, stacked: Stacked
 ) -> roles.Parameters:
     """Everything by path: from the module's types, then from what the user says."""
-    shapes = {parameter.path: parameter.shape for parameter in found}
-    types, forms, spelled = {}, {}, list(shapes)
+    types, forms, stacks = {}, {}, {}
     if is_nnx(model):
         from optclip.initializers.nnx_types import known
 
         types, forms = known(model)
-    for path, (_, form) in _matches("layouts", layouts, spelled).items():
-        if not roles.is_vector(path):  # a bias follows its kernel's form
-            forms[path] = form
+    if layouts:
+        matches = _matches("layouts", layouts, shapes).items()
+        # A bias follows its kernel's form.
+        forms |= {path: m[1] for path, m in matches if not roles.is_vector(path)}
     if isinstance(stacked, str):
-        stacks = dict.fromkeys(_matches("stacked", {stacked: 1}, spelled), 1)
-    else:
-        stacks = {} if stacked is None else dict.fromkeys(spelled, int(stacked))
+        stacks = dict.fromkeys(_matches("stacked", {stacked: 1}, shapes), 1)
+    elif stacked is not None:
+        stacks = dict.fromkeys(shapes, int(stacked))
     children = defaultdict(set)
-    for path in spelled:
+    for path in shapes:
         holder, _, name = path.rpartition("/")
         while name not in children[holder]:
             children[holder].add(name)
@@ -196,15 +192,15 @@ def _known(
     return roles.Parameters(shapes, types, forms, stacks, children, {})
 
 
-def _infos_of_namesakes(
-    tree: Tree, found: list[_Parameter], known: roles.Parameters, ruled: _Ruled
+def _of_namesakes(
+    tree: Tree, parameters: list[_Parameter], known: roles.Parameters, ruled: _Ruled
 ) -> list[ParameterInfo]:
     """The same where paths are spelled alike: siblings are the nearest in the tree."""
     keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    counts = Counter(parameter.path for parameter in found)
-    alike = [parameter for parameter in found if counts[parameter.path] > 1]
+    counts = Counter(each.path for each in parameters)
+    alike = [each for each in parameters if counts[each.path] > 1]
     infos = []
-    for own in found:
+    for own in parameters:
 
         def distance(other: _Parameter, own: _Parameter = own) -> int:
             pairs = zip(keys[own.place], keys[other.place], strict=False)
@@ -214,15 +210,12 @@ def _infos_of_namesakes(
         near = {p.path: p.shape for p in sorted(alike, key=distance, reverse=True)}
         around = known._replace(shapes={**known.shapes, **near}, layouts={})
         name = keystr(keys[own.place]) if counts[own.path] > 1 else own.path
-        infos.append(_info(own, name, around, ruled.get(own.path)))
+        infos.append(_info(own, name, around, ruled))
     return infos
 
 
 def _info(
-    parameter: _Parameter,
-    name: str,
-    known: roles.Parameters,
-    ruled: tuple[str, Any] | None,
+    parameter: _Parameter, name: str, known: roles.Parameters, ruled: _Ruled
 ) -> ParameterInfo:
     place, path, shape = parameter
     layout, role, fan_in = known.layout(path), roles.role_of(path, known), None
@@ -233,9 +226,9 @@ def _info(
     if recurrent is not None and layout.outputs:
         gates = layout.fans(shape)[1] // (fan_in or 1)  # side by side in one kernel
         layout = layout._replace(parts=max(1, gates))
-    rule, given = ruled or (None, role)
+    rule, given = ruled.get(path, (None, role))
     keep = given is None
-    ambiguous = not keep and _is_ambiguous(path, layout, known)
+    ambiguous = not keep and len(shape) > 2 and _is_ambiguous(path, layout, known)
     if isinstance(given, str):
         role, given = given, None
     return ParameterInfo(
@@ -248,7 +241,7 @@ def _is_ambiguous(path: str, layout: Layout, known: roles.Parameters) -> bool:
     holder, slash, name = path.rpartition("/")
     einsum = re.search(r"(?i)einsum", f"{known.types.get(path)}/{path}")
     shape = known.shapes[path]
-    if not einsum or name != "kernel" or path in known.forms or len(shape) < 3:
+    if not einsum or name != "kernel" or path in known.forms:
         return False
     shown = tuple(shape[axis] for axis in sorted((*layout.stack, *layout.outputs)))
     return shown != known.shapes.get(f"{holder}{slash}bias")

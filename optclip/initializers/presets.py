@@ -145,20 +145,17 @@ def constant(value: float) -> Initializer:
 ZERO, ONE = constant(0.0), constant(1.0)
 # A lookup sums over nothing, so it has no fan-in: rows (of shape (rows, features)) of
 # length 1 on average, as Flax draws them.
-UNIT_ROWS = initializer(jax_initializers.variance_scaling(1.0, "fan_out", "normal"), 2)
+_UNIT_ROWS = initializer(jax_initializers.variance_scaling(1.0, "fan_out", "normal"), 2)
 
 
-def by_fans(init: Initializer) -> Preset:
+def by_fans(kernel: Initializer) -> Preset:
     """A preset whose kernels depend on their fans; embeddings as Flax draws them."""
-    kernel = initializer(init, least_rank=2)
-    return Preset(
-        {"kernel": kernel, "embedding": UNIT_ROWS, "bias": ZERO, "scale": ONE}
-    )
+    draws = {"kernel": kernel, "embedding": _UNIT_ROWS, "bias": ZERO, "scale": ONE}
+    return Preset(draws)
 
 
-def of_any_shape(init: Initializer) -> Preset:
+def of_any_shape(kernel: Initializer) -> Preset:
     """A preset that draws kernels and embeddings alike, whatever their shape."""
-    kernel = initializer(init)
     return Preset({"kernel": kernel, "embedding": kernel, "bias": ZERO, "scale": ONE})
 
 
@@ -169,5 +166,6 @@ def scaled(
 ) -> Initializer:
     """JAX's `variance_scaling`, which also takes a scale of 0."""
     if scale == 0:
-        return jax_initializers.zeros
-    return jax_initializers.variance_scaling(scale, mode, distribution)
+        return initializer(jax_initializers.zeros, least_rank=2)
+    init = jax_initializers.variance_scaling(scale, mode, distribution)
+    return initializer(init, least_rank=2)

@@ -124,7 +124,7 @@ def resnet(zero_init_last: bool = False) -> Preset:
     """
     if not isinstance(zero_init_last, bool):
         raise error(f"zero_init_last must be True or False, got {zero_init_last!r}.")
-    conv = initializer(scaled(2.0, "fan_out", "normal"), least_rank=2)
+    conv = scaled(2.0, "fan_out", "normal")
     draws = {**torch_default().draws, "conv": conv, "conv_bias": ZERO}
     if not zero_init_last:
         return Preset(draws)
@@ -235,7 +235,7 @@ def mup(base_width: int) -> Preset:
     return Preset(
         {
             **lecun_normal().draws,
-            "kernel": initializer(scaled(1.0, "fan_in", "normal"), least_rank=2),
+            "kernel": scaled(1.0, "fan_in", "normal"),
             "head": initializer(readout, least_rank=2),
             "embedding": normal(1 / math.sqrt(base_width)),
         },

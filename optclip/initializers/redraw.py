@@ -10,6 +10,7 @@ the same path draws the same numbers in Linen and in NNX.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 
@@ -20,18 +21,10 @@ from optclip import initializers
 from optclip._core import checks, paths
 from optclip._core.public import error, public
 from optclip._core.types import Stacked, Tree
-from optclip.initializers import kernel_shapes
+from optclip.initializers import kernel_shapes, parameter_info
 from optclip.initializers.kernel_shapes import Initializer
-from optclip.initializers.parameter_info import (
-    Model,
-    ParameterInfo,
-    Rules,
-    check_roles,
-    parameter_infos,
-    params_of,
-    with_params,
-)
-from optclip.initializers.presets import FromFanIn, Preset, by_fans
+from optclip.initializers.parameter_info import Model, ParameterInfo, Rules
+from optclip.initializers.presets import FromFanIn, Preset, by_fans, initializer
 from optclip.initializers.roles import EMBEDDINGS
 
 
@@ -98,15 +91,15 @@ def redraw(
         raise error(f"key must be a key of jax.random, got {key!r}.")
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    infos = parameter_infos(params_or_module, rules, layouts, stacked)
-    check_roles(infos)
+    infos = parameter_info.found(params_or_module, rules, layouts, stacked)
+    parameter_info.check_roles(infos)
     if preset.needs:
         _check_needs(preset, infos)
-    leaves, treedef = jax.tree.flatten(params_of(params_or_module))
+    leaves, treedef = jax.tree.flatten(parameter_info.params_of(params_or_module))
     for info in infos:
         if not info.keep:
             leaves[info.place] = _redrawn(preset, info, key, leaves[info.place])
-    return with_params(params_or_module, treedef.unflatten(leaves))
+    return parameter_info.with_params(params_or_module, treedef.unflatten(leaves))
 
 
 def _for_kernels(init: Initializer) -> Preset:
@@ -119,7 +112,7 @@ def _for_kernels(init: Initializer) -> Preset:
             f"preset must be a preset, made by a call of a function such as {near}, or "
             f"a JAX initializer, got {init!r}."
         )
-    return by_fans(init)
+    return by_fans(initializer(init, least_rank=2))
 
 
 def _check_needs(preset: Preset, infos: list[ParameterInfo]) -> None:
@@ -183,9 +176,9 @@ def _placed(
         # An initializer gets the shape (rows, features), as from Flax's Embed.
         layout = layout._replace(inputs=layout.outputs, outputs=layout.inputs)
 
-    def draw(key: jax.Array) -> jax.Array:
-        return kernel_shapes.drawn(init, key, info.shape, leaf.dtype, layout)
-
+    draw = functools.partial(
+        kernel_shapes.drawn, init, shape=info.shape, dtype=leaf.dtype, layout=layout
+    )
     if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types

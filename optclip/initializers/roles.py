@@ -35,21 +35,15 @@ from typing import NamedTuple
 from optclip._core.layouts import Layout, layout
 from optclip._core.types import Shapes
 
+_KERNEL_KINDS = (
+    *("conv", "query", "key", "value", "qkv", "residual_out", "head"),
+    *("recurrent", "recurrent_input"),
+)
 _KINDS = {
-    "conv": "kernel",
-    "query": "kernel",
-    "key": "kernel",
-    "value": "kernel",
-    "qkv": "kernel",
-    "residual_out": "kernel",
+    **dict.fromkeys(_KERNEL_KINDS, "kernel"),
     "attention_out": "residual_out",
-    "head": "kernel",
-    "policy_head": "head",
-    "value_head": "head",
-    "recurrent": "kernel",
-    "recurrent_input": "kernel",
-    "position": "embedding",
-    "token": "embedding",
+    **dict.fromkeys(("policy_head", "value_head"), "head"),
+    **dict.fromkeys(("position", "token"), "embedding"),
     "residual_scale": "scale",
     "shift": "bias",
     "forget_bias": "recurrent_bias",

@@ -7,12 +7,8 @@ from typing import NamedTuple
 
 from optclip._core.public import public
 from optclip._core.types import Stacked
-from optclip.initializers.parameter_info import (
-    Model,
-    Rules,
-    check_roles,
-    parameter_infos,
-)
+from optclip.initializers import parameter_info
+from optclip.initializers.parameter_info import Model, Rules
 
 
 class Role(NamedTuple):
@@ -58,8 +54,8 @@ def roles_of(
     >>> roles_of({"fc": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}})["fc/kernel"]
     Role(role='kernel', fan_in=8, fan_out=3)
     """
-    infos = parameter_infos(params_or_module, rules, layouts, stacked)
-    check_roles(infos)
+    infos = parameter_info.found(params_or_module, rules, layouts, stacked)
+    parameter_info.check_roles(infos)
     found = {}
     for info in infos:
         known = info.layout.outputs and not info.ambiguous

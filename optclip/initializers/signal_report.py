@@ -21,9 +21,9 @@ import numpy as np
 
 from optclip._core.public import error, public
 from optclip._core.types import Tree
-from optclip.initializers import layer_hooks
+from optclip.initializers import layer_hooks, parameter_info
 from optclip.initializers.layer_hooks import Recorder
-from optclip.initializers.parameter_info import Model, parameter_infos
+from optclip.initializers.parameter_info import Model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,12 +206,6 @@ def _watched(record: Recorder, path: str, y: jax.Array) -> jax.Array:
     return y
 
 
-def _watched_forward(
-    record: Recorder, path: str, y: jax.Array
-) -> tuple[jax.Array, None]:
-    return y, None
-
-
 def _watched_backward(
     record: Recorder, path: str, _: None, g: jax.Array
 ) -> tuple[jax.Array]:
@@ -219,7 +213,7 @@ def _watched_backward(
     return (g,)
 
 
-_watched.defvjp(_watched_forward, _watched_backward)
+_watched.defvjp(lambda record, path, y: (y, None), _watched_backward)
 
 
 def _stack_sizes(params: Tree) -> dict[str, int]:
@@ -228,7 +222,7 @@ def _stack_sizes(params: Tree) -> dict[str, int]:
         info.path.rpartition("/")[0]: math.prod(
             info.shape[n] for n in info.layout.stack
         )
-        for info in parameter_infos(params)
+        for info in parameter_info.found(params)
         if info.layout.stack
     }
 
