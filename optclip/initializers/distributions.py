@@ -61,6 +61,8 @@ def normal(stddev: float = 0.01) -> Preset:
     >>> import jax
     >>> round(float(normal(0.02)(jax.random.key(0), (512, 512)).std()), 3)
     0.02
+
+    JAX: https://docs.jax.dev/en/latest/jax.nn.initializers.html.
     """
     checks.non_negative(stddev=stddev)
     return of_any_shape(initializer(jax_initializers.normal(stddev)))
@@ -88,6 +90,8 @@ def uniform(scale: float = 0.01) -> Preset:
     >>> import jax
     >>> bool((uniform(0.5)(jax.random.key(0), (64,)) >= 0).all())
     True
+
+    JAX: https://docs.jax.dev/en/latest/jax.nn.initializers.html.
     """
     checks.non_negative(scale=scale)
     return of_any_shape(initializer(jax_initializers.uniform(scale)))
@@ -122,6 +126,8 @@ def truncated_normal(stddev: float = 0.01, corrected: bool = True) -> Preset:
     >>> w = truncated_normal(0.02)(jax.random.key(0), (512, 512))
     >>> round(float(w.std()), 3), bool(abs(w).max() <= 0.0455)
     (0.02, True)
+
+    JAX: https://docs.jax.dev/en/latest/jax.nn.initializers.html.
     """
     checks.non_negative(stddev=stddev)
     tails = 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2))

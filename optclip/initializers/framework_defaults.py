@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 from jax.typing import DTypeLike
 
-from optclip._core.public import public
+from optclip._core.public import caller, public
 from optclip._core.types import Shape
 from optclip.initializers import presets
 from optclip.initializers.kernel_shapes import Initializer
@@ -105,7 +105,7 @@ def torch_default() -> Preset:
     PyTorch's defaults: https://docs.pytorch.org/docs/stable/nn.html.
     """
     by_fan_in = presets.FromFanIn(
-        "torch_default", lambda fan_in: _symmetric_uniform(1 / math.sqrt(fan_in))
+        caller(), lambda fan_in: _symmetric_uniform(1 / math.sqrt(fan_in))
     )
     # The three are drawn as one matrix with three times as many outputs.
     third = presets.scaled(0.5, "fan_avg", "uniform")

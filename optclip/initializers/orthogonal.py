@@ -45,7 +45,7 @@ def orthogonal(gain: float = 1.0) -> Preset:
     >>> bool(abs(w.T @ w - 4 * jax.numpy.eye(3)).max() < 1e-5)
     True
 
-    Saxe et al. 2013, arXiv 1312.6120.
+    Saxe et al. 2013, https://arxiv.org/abs/1312.6120.
     """
     checks.non_negative(gain=gain)
     return by_fans(initializer(jax_initializers.orthogonal(gain), least_rank=2))
@@ -146,6 +146,8 @@ def dirac(gain: float = 1.0) -> Preset:
     >>> import jax
     >>> dirac()(jax.random.key(0), (3, 1, 1))[:, 0, 0].tolist()
     [0.0, 1.0, 0.0]
+
+    PyTorch: https://docs.pytorch.org/docs/stable/nn.init.html.
     """
     return _identity(gain)
 
