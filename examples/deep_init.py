@@ -193,7 +193,7 @@ def draw_losses(axes: Axes, runs: dict[str, Run]) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description="Compare initializations of a network.")
+    options = argparse.ArgumentParser(description="Compare initializations.")
     output = pathlib.Path(__file__).parent / "output"
     options.add_argument("--depth", type=int, default=30)
     options.add_argument("--steps", type=int, default=600)

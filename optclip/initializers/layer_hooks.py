@@ -131,7 +131,7 @@ def _intercepted(
 def _is_looking_for_constants() -> bool:
     """Whether Flax traces a scan's body only to find what is constant in it.
 
-    The results of that trace are discarded; since Flax 0.12.9 it refuses callbacks.
+    The results of that trace are discarded, and Flax 0.12.12 refuses callbacks in it.
     Nothing but the call stack shows it.
     """
     frame = sys._getframe()
