@@ -270,12 +270,13 @@ def test_equinox_and_plain_trees():
 def test_rules():
     tree = {n: {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)} for n in "abcd"}
     half = jax.nn.initializers.constant(0.5)
-    rules = {"a/": None, "b/kernel": "head", "c/": zeros(), "d/": half}
+    # The first that is found counts.
+    rules = {"a/": None, "b/kernel": "head", "c/": zeros(), "d/": half, "": half}
     preset = he_normal() | {"head": normal(3.0)["kernel"]}
     new = redraw(tree, preset, KEY, rules=rules)
     chex.assert_trees_all_equal(new["a"], tree["a"])
     assert new["b"]["kernel"].std() == pytest.approx(3, rel=0.1)
-    assert not new["b"]["bias"].any()
+    assert (new["b"]["bias"] == 0.5).all()
     assert not new["c"]["kernel"].any()
     assert (new["d"]["kernel"] == 0.5).all() and (new["d"]["bias"] == 0.5).all()
 
@@ -314,6 +315,8 @@ def test_parameters_that_spell_alike_are_told_apart_by_their_place():
     np.testing.assert_array_equal(
         new["b"]["kernel"], redraw({"b": layer(4)}, torch_default(), KEY)["b"]["kernel"]
     )
+    ranks = {"a/kernel": jnp.ones((4, 8)), "a": {"kernel": jnp.ones((3, 3, 5, 8))}}
+    assert {role.fan_in for role in roles_of(ranks).values()} == {4, 45}
     # Rules match the spelled path.
     kept = redraw(tree, torch_default(), KEY, rules={"^a/kernel": None})
     assert (kept["a/kernel"] == 1).all() and (kept["a"]["kernel"] == 1).all()

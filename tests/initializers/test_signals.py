@@ -110,6 +110,18 @@ def test_the_table_and_the_picture(params, tmp_path):
     assert report.plot(own) is own[0].figure
 
 
+def test_a_layer_with_parameters_and_layers_of_its_own_has_a_row():
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.param("scale", nn.initializers.constant(3.0), ())
+            return scale * nn.Dense(8, name="dense")(x)
+
+    report = signal_report(Scaled(), Scaled().init(KEY, X), X, mean_square)
+    rows = {row.layer: row.forward.std for row in report.rows}
+    assert rows["(model)"] == pytest.approx(3 * rows["dense"], rel=1e-5)
+
+
 def test_zeros_show_in_the_report(params):
     dead = redraw(params, zeros(), KEY)
     report = signal_report(Linen(), dead, X, lambda y: mean_square(y - 1))
