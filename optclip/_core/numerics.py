@@ -66,7 +66,7 @@ def _as_float(number: ArrayLike) -> ArrayLike:
         try:
             return float(number)
         except OverflowError:
-            return math.copysign(math.inf, number)
+            return math.inf if number > 0 else -math.inf
     return number
 
 

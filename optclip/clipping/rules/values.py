@@ -206,10 +206,48 @@ def _clamped(
         clamped = jnp.clip(x, lower, upper)
         # Chosen, because XLA flushes subnormal numbers where it takes a minimum.
         return jnp.where(clamped == x, x, clamped)
-    # In half precision XLA:CPU rounds after a minimum, which takes three to ten times
-    # as long as comparisons do.
-    for bound, beyond in ((lower, jnp.less), (upper, jnp.greater)):
-        if bound is not None:
-            over = beyond(x, bound) | jnp.isnan(bound)
-            x = numerics.choose(over, jnp.full_like(x, bound), x)
-    return x
+    lower = numerics.bound_in(-np.inf, x.dtype) if lower is None else lower
+    upper = numerics.bound_in(np.inf, x.dtype) if upper is None else upper
+    clamp = _clamped_bits if x.dtype == jnp.bfloat16 else _chosen
+    return clamp(x, lower, upper)
+
+
+def _chosen(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """By comparisons: XLA:CPU rounds half precision after a minimum, which is slow."""
+    below = (x < lower) | jnp.isnan(lower)
+    above = (x > upper) | jnp.isnan(upper)
+    low = jnp.minimum(lower, upper)  # of crossed bounds the upper one counts
+    return jnp.where(above, upper, jnp.where(below, low, x))
+
+
+@jax.custom_jvp
+def _clamped_bits(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """Of bfloat16 by integers of the same order.
+
+    XLA:CPU makes a choice between numbers, or between bits that were numbers, in
+    float32, where it flushes what is subnormal.
+    """
+    number, low, high = map(_ordered, (x, lower, upper))
+    low, high = jnp.where(low == 0, -1, low), jnp.where(high == -1, 0, high)  # ±0
+    missing = jnp.isnan(lower) | jnp.isnan(upper)
+    low, high = (jnp.where(missing, 0x7FC0, key) for key in (low, high))  # NaN
+    is_nan = (number > 0x7F80) | (number < -0x7F81)  # beyond either infinity
+    clamped = jnp.where(is_nan, number, jnp.clip(number, low, high))
+    return jax.lax.bitcast_convert_type(_bits_or_order(clamped), jnp.bfloat16)
+
+
+@_clamped_bits.defjvp
+def _clamped_bits_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    return _clamped_bits(*primals), jax.jvp(_chosen, primals, tangents)[1]
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Integers in the order of bfloat16 numbers; -0 is -1."""
+    return _bits_or_order(jax.lax.bitcast_convert_type(x, jnp.int16))
+
+
+def _bits_or_order(bits: jax.Array) -> jax.Array:
+    """From bits to integers in their numbers' order, or from these to bits."""
+    return jnp.where(bits < 0, bits ^ 0x7FFF, bits)
