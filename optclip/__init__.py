@@ -55,7 +55,7 @@ from optclip._core.paths import everything as everything
 from optclip._core.paths import mask as mask
 from optclip._core.metrics import ClipMetrics as ClipMetrics
 from optclip._core.metrics import SkipMetrics as SkipMetrics
-from optclip._core.metrics import metrics as metrics
+from optclip.insight.metrics import metrics as metrics
 from optclip.insight.norms import global_norm as global_norm
 from optclip.insight.norms import leaf_norms as leaf_norms
 from optclip.insight.adopt_state import Adopted as Adopted

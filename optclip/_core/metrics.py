@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip._core import meshes, numerics, paths
+from optclip._core import meshes, numerics
 from optclip._core.groupings import Grouping
-from optclip._core.public import public
 
 
 class ClipMetrics(NamedTuple):
@@ -188,44 +187,3 @@ def _together(summaries: list[_Summary], axes: tuple) -> _Summary:
     if axes:
         numbers = meshes.from_all(numbers, axes).reshape(-1, len(_Summary._fields))
     return _reduced(*numbers.T, like=numbers[:, 0])
-
-
-@public
-def metrics(opt_state: Any, separator: str = "/") -> dict[str, jax.Array]:
-    """The metrics of every clip in an optimizer state, ready for a logger.
-
-    Args:
-      opt_state: any optimizer state: of `chain`, `named_chain`, `masked`, `partition`,
-        `MultiSteps`, `inject_hyperparams`, …, or an `nnx.Optimizer`'s `opt_state`.
-      separator: between the names of a key.
-
-    Returns:
-      A flat dict `{path of the state}/{field}` of scalar arrays; the path is empty for
-      a clip that stands alone. Works inside `jit`. Empty if there is no clip.
-
-    >>> import jax.numpy as jnp, optax, optclip
-    >>> tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1))
-    >>> params = {"w": jnp.array([3.0, 4.0])}
-    >>> _, state = tx.update(params, tx.init(params))
-    >>> for name, value in metrics(state).items():
-    ...     print(name, value)
-    0/size 5.0
-    0/limit 1.0
-    0/clipped_fraction 1.0
-    0/steps 1
-    0/clipped_steps 1
-    0/nonfinite_steps 0
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda node: isinstance(node, ClipMetrics | SkipMetrics)
-    )
-    found: dict[str, jax.Array] = {}
-    for keys, node in flat:
-        if not isinstance(node, ClipMetrics | SkipMetrics):
-            continue
-        prefix = paths.names(keys)[:-1]  # without the field that holds the metrics
-        for field, value in zip(node._fields, node, strict=True):
-            # `nnx.Optimizer` wraps every leaf in a Variable: a tree with one leaf.
-            (leaf,) = jax.tree_util.tree_leaves(value)
-            found[separator.join([*prefix, field])] = leaf
-    return found
