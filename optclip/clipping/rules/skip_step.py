@@ -20,8 +20,7 @@ from optclip._core.metrics import SkipMetrics
 from optclip._core.public import error, public
 from optclip._core.types import AxisName, Limit
 from optclip.clipping.engine import ClipState, clip_by
-from optclip.clipping.thresholds.base import Threshold
-from optclip.clipping.thresholds.fixed import from_limit
+from optclip.clipping.thresholds import Threshold, as_threshold
 
 
 class SkipState(NamedTuple):
@@ -159,9 +158,8 @@ def _watch(
     axis_name: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
     """A clip of which only the state is used; its output is dead code to XLA."""
-    if not isinstance(limit, Threshold):
-        limit = from_limit(**{name: limit})
-    return clip_by(limit, measure=measure, axis_name=axis_name)
+    threshold = as_threshold(**{name: limit})
+    return clip_by(threshold, measure=measure, axis_name=axis_name)
 
 
 def _judge(watched: ClipState) -> tuple[jax.Array, jax.Array]:
