@@ -116,7 +116,7 @@ def per_example_layer_norm_clip(
     _check_limit(global_l2_norm_clip=global_l2_norm_clip)
     grads = _as_floats(grads)
     known, counted = _gather(grads, axis_name)
-    meshes_of = [member.mesh for group in known.groups for member in group.members]
+    meshes_of: list[Any] = [m.mesh for group in known.groups for m in group.members]
     dims = [
         math.prod(leaf.shape[1:]) * meshes.axis_size(mesh)
         for leaf, mesh in zip(counted, meshes_of, strict=True)
@@ -135,7 +135,7 @@ def per_example_layer_norm_clip(
     )
 
 
-def _check_limit(**named: Any) -> None:
+def _check_limit(**named: ArrayLike) -> None:
     for name, value in named.items():
         if callable(value):
             raise error(f"{name} must be a non-negative number, got {value!r}.")

@@ -19,7 +19,7 @@ from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import SkipMetrics
 from optclip._core.public import error, public
 from optclip._core.types import AxisName, Limit
-from optclip.clipping.engine import ClipState, clip_by
+from optclip.clipping.engine import clip_by
 from optclip.clipping.thresholds import Threshold, as_threshold
 
 
@@ -33,8 +33,8 @@ class SkipState(NamedTuple):
       inner_state: of the inner optimizer.
     """
 
-    watch: ClipState
-    value_watch: ClipState | tuple[()]
+    watch: Any  # ClipState
+    value_watch: Any  # ClipState or ()
     metrics: SkipMetrics
     inner_state: optax.OptState
 
@@ -119,15 +119,16 @@ def skip_step(
 
     def update(
         updates: optax.Updates,
-        state: SkipState | None,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             state = init(updates if params is None else params)
+        watched: Any
         _, watched = watch.update(updates, state.watch, params)
         finite, high = _judge(watched)
-        watched_value: ClipState | tuple[()] = ()
+        watched_value: Any = ()
         if value_watch:
             loss = _loss(extra_args)
             _, watched_value = value_watch.update(loss, state.value_watch)
@@ -162,7 +163,7 @@ def _watch(
     return clip_by(threshold, measure=measure, axis_name=axis_name)
 
 
-def _judge(watched: ClipState) -> tuple[jax.Array, jax.Array]:
+def _judge(watched: Any) -> tuple[jax.Array, jax.Array]:
     """Whether the last size was finite, and whether it was not within its limit."""
     size, limit = watched.metrics.size, watched.metrics.limit
     if limit is None:  # of `unlimited()`

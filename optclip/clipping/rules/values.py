@@ -8,7 +8,7 @@ It has no groups, so it does not use the engine of `clip_by` and keeps no metric
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -89,22 +89,20 @@ def clip_by_value(
 
     def update(
         updates: optax.Updates,
-        state: State | None,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, State]:
         del params, extra_args
         state = init(updates) if state is None else state
         step = state.steps if isinstance(state, StepState) else None
+        clip_to = _within_modulus if symmetric else _between
         now = [_at_step(bound, step) for bound in bounds]
 
         def clamp(path: str, leaf: jax.Array) -> jax.Array:
             if not numerics.is_measured(leaf):
                 return leaf
-            x = jnp.asarray(leaf)
-            if symmetric:
-                return _within_modulus(x, now[0])
-            return _between(path, x, *now)
+            return clip_to(path, jnp.asarray(leaf), *now)
 
         treedef = jax.tree_util.tree_structure(updates)
         clamped = [clamp(path, leaf) for path, leaf in paths.leaves(updates)]
@@ -141,18 +139,20 @@ def clip(max_delta: Limit) -> optax.GradientTransformationExtraArgs:
     return clip_by_value(max_delta)
 
 
-def _check_interval(**bounds: Limit | None) -> None:
-    for name, bound in bounds.items():
+def _check_interval(min_value: Any, max_value: Any) -> None:
+    for name, bound in (("min_value", min_value), ("max_value", max_value)):
         if bound is not None and not callable(bound):
             checks.scalar(**{name: bound})
             checks.real(**{name: bound})
-    low, high = bounds.values()
     static = (int, float, np.generic, np.ndarray)
-    if isinstance(low, static) and isinstance(high, static) and low > high:
-        raise error(f"min_value must not be above max_value, got {low} and {high}.")
+    known = all(isinstance(bound, static) for bound in (min_value, max_value))
+    if known and min_value > max_value:
+        raise error(
+            f"min_value must not be above max_value, got {min_value} and {max_value}."
+        )
 
 
-def _at_step(bound: Limit | None, step: jax.Array | None) -> ArrayLike | None:
+def _at_step(bound: Any, step: jax.Array | None) -> Any:
     """The value of a bound at this step; None stays None."""
     if callable(bound):
         bound = bound(step)
@@ -160,8 +160,9 @@ def _at_step(bound: Limit | None, step: jax.Array | None) -> ArrayLike | None:
     return bound
 
 
-def _within_modulus(x: jax.Array, max_delta: ArrayLike) -> jax.Array:
+def _within_modulus(path: str, x: jax.Array, max_delta: ArrayLike) -> jax.Array:
     """Each |x| at most max_delta."""
+    del path
     real = jnp.finfo(x.dtype).dtype  # of the modulus of a complex number
     bound = numerics.bound_in(max_delta, real)
     bound = jnp.maximum(bound, jnp.zeros_like(bound))
@@ -208,8 +209,9 @@ def _clamped(
         return jnp.where(clamped == x, x, clamped)
     lower = numerics.bound_in(-np.inf, x.dtype) if lower is None else lower
     upper = numerics.bound_in(np.inf, x.dtype) if upper is None else upper
-    clamp = _clamped_bits if x.dtype == jnp.bfloat16 else _chosen
-    return clamp(x, lower, upper)
+    if x.dtype == jnp.bfloat16:
+        return _clamped_bits(x, lower, upper)
+    return _chosen(x, lower, upper)
 
 
 def _chosen(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
