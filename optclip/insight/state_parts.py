@@ -146,20 +146,18 @@ def _under(labels: tuple[str, ...], node: Node) -> bool:
 
 
 def _in_order(parts: list[Part], nodes: list[Node]) -> dict[Path, Node]:
-    """The nodes that fit parts in the order of both, with the most leaves together."""
+    """The nodes that fit parts in the order of both, as many as possible."""
     nodes = [node for node in nodes if any(_is_taken(part, node) for part in parts)]
-    above: list[tuple[int, dict[Path, Node]]] = [(0, {})] * (len(nodes) + 1)
+    above: list[dict[Path, Node]] = [{}] * (len(nodes) + 1)
     for part in parts:
         row = above[:1]
         for column, node in enumerate(nodes):
             options = [above[column + 1], row[column]]
             if _is_taken(part, node):
-                count, pairs = above[column]
-                leaves = len(sources(part, node))
-                options.append((count + leaves, {**pairs, part.node.path: node}))
-            row.append(max(options, key=lambda option: option[0]))
+                options.append({**above[column], part.node.path: node})
+            row.append(max(options, key=len))
         above = row
-    return above[-1][1]
+    return above[-1]
 
 
 def _is_taken(part: Part, old: Node) -> bool:

@@ -173,10 +173,25 @@ def test_what_fits_is_kept(new, old, kept, fresh, unused):
 
 def test_a_clip_in_front_is_not_given_the_numbers_of_a_later_one():
     """Alike states keep their order relative to the others: the last stays the last."""
-    new = optax.chain(clip(), adam(), optclip.monitor())
-    old = trained(optax.chain(adam(), optclip.monitor()))
-    adopted = adopt_state(new.init(PARAMS), old)
+    new = optax.chain(clip(), adam(), clip())
+    adopted = adopt_state(new.init(PARAMS), trained(optax.chain(adam(), clip())))
     assert (adopted.kept, adopted.fresh) == (("1/0", "2"), metrics_at("0"))
+
+
+def test_names_decide_before_the_order():
+    new = optax.named_chain(("a", clip()), ("b", clip()))
+    adopted = adopt_state(new.init(PARAMS), trained(optax.named_chain(("b", clip()))))
+    assert (adopted.kept, adopted.fresh) == (("b",), metrics_at("a"))
+
+
+def test_the_longer_of_two_names_decides_first():
+    inner = optax.named_chain(("k", clip()))
+    tx = optax.named_chain(("g", inner), ("k", clip()))
+    old = trained(tx, steps=1)
+    old["k"] = trained(clip(), steps=3)
+    adopted = adopt_state(tx.init(PARAMS), old)
+    assert adopted.kept == ("g/k", "k")
+    chex.assert_trees_all_equal(adopted.state, old)
 
 
 def plain(node, with_none=False):
@@ -320,11 +335,11 @@ def test_a_learned_threshold_is_kept_where_its_groups_are_the_same():
     assert adopted.unused == ("0/threshold/largest", *metrics_at("0"))
 
 
-class Largest(NamedTuple):
+class LargestState(NamedTuple):
     number: jax.Array
 
 
-class Smallest(NamedTuple):
+class SmallestState(NamedTuple):
     number: jax.Array
 
 
@@ -337,15 +352,15 @@ def test_what_one_threshold_learned_never_fits_another():
     def named(name):
         return lambda size: {name: size}
 
-    old = trained(rule(Largest))
-    assert adopt_state(rule(Largest).init(PARAMS), old).kept == ("0", "1/0")
-    for other in (Smallest, named("center")):
+    old = trained(rule(LargestState))
+    assert adopt_state(rule(LargestState).init(PARAMS), old).kept == ("0", "1/0")
+    for other in (SmallestState, named("center")):
         fresh = rule(other).init(PARAMS)
         adopted = adopt_state(fresh, old)
         assert adopted.kept == ("1/0",)
         chex.assert_trees_all_equal(adopted.state[0], fresh[0])
     # A restored dict tells by its names only.
-    assert adopt_state(rule(Largest).init(PARAMS), plain(old)).kept == ("0", "1/0")
+    assert adopt_state(rule(LargestState).init(PARAMS), plain(old)).kept == ("0", "1/0")
 
 
 RULES = {
@@ -356,6 +371,7 @@ RULES = {
     "zclip": optclip.zclip,
     "adagc": lambda: optclip.adagc(grouping=optclip.groupings.whole()),
     "autoclip": lambda: optclip.autoclip(window=4),
+    "no state": clip,
 }
 
 
@@ -477,6 +493,25 @@ def test_a_bare_leaf_lands_under_no_other_name(name):
     schedule = optax.scale_by_schedule(lambda count: 1.0)
     with pytest.raises(ValueError, match="none that fits"):
         adopt_state(optax.chain(clip(), schedule).init(PARAMS), trained(adam()))
+
+
+def test_a_state_that_is_one_array():
+    """It has no name to go by but its place."""
+    counter = optax.GradientTransformation(
+        lambda params: jnp.zeros((), jnp.int32),
+        lambda updates, state, params=None: (updates, state + 1),
+    )
+    new = optax.chain(clip(), counter).init(PARAMS)
+    assert adopt_state(new, trained(optax.chain(counter))).kept == ("1",)
+    with pytest.raises(ValueError, match="none that fits"):
+        adopt_state(new, trained(adam()))
+
+
+def test_a_restored_state_with_more_fields_is_another():
+    """Lion's fields are among Adam's."""
+    with pytest.raises(ValueError, match="none that fits"):
+        adopt_state(optax.chain(clip(), optax.lion(0.1)).init(PARAMS),
+                    plain(trained(adam())))  # fmt: skip
 
 
 def test_another_model_entirely():
