@@ -74,14 +74,14 @@ def spelled(tree: Tree) -> list[Path]:
     ]
 
 
-def unique_names(tree: Tree) -> list[str]:
+def unique_names(tree: Tree, separator: str = "/") -> list[str]:
     """The paths as keys of a dict: those that spell alike as JAX's `keystr`.
 
     >>> unique_names({"a/b": 1, "a": {"b": 2}, "c": {"d": 3}})
     ["['a']['b']", "['a/b']", 'c/d']
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    plain = [str(path) for path in spelled(tree)]
+    plain = [path.replace("/", separator) for path in spelled(tree)]
     count = Counter(plain)
     return [
         path if count[path] == 1 else jax.tree_util.keystr(keys)
