@@ -20,13 +20,18 @@
 `Set` makes one of your own.
 """
 
-from optclip.projections.balls import l2_ball, max_norm
 from optclip.projections.base import Set
 from optclip.projections.boxes import box, init_box, linf_ball, nonnegative
 from optclip.projections.intersection import intersection
+from optclip.projections.matrices import orthogonal, spectral_ball
+from optclip.projections.norms import (
+    l2_ball,
+    max_norm,
+    norm_range,
+    norm_sphere,
+    unit_norm,
+)
 from optclip.projections.sorted_sets import l1_ball, simplex
-from optclip.projections.spectral import orthogonal, spectral_ball
-from optclip.projections.spheres import norm_range, norm_sphere, unit_norm
 
 __all__ = [
     "Set",

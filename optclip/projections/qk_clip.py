@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
 from optclip._core.rounding import rounded
-from optclip.projections.landing import applied, landing, settled
+from optclip.projections.landing import applied, settled, steered
 
 NAME = "max_logits"
 
@@ -244,4 +244,4 @@ def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
     wide = numerics.wide_dtype(p.dtype)
     moved = y.astype(wide) * factor.astype(wide)
     moved = rounded(moved, p.dtype).astype(p.dtype)
-    return landing(p, u, y, jnp.where(factor == 1, y, moved))
+    return steered(p, u, y, jnp.where(factor == 1, y, moved))
