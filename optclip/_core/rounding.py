@@ -109,3 +109,12 @@ def static_bound(bound: ArrayLike, dtype: DTypeLike, toward: float) -> np.ndarra
     end = np.asarray(np.clip(toward, -top, top), dtype)
     stepped = np.nextafter(nearest, end).astype(np.float64)
     return np.where(missed, stepped, back)
+
+
+def power_of_two(x: jax.Array, room: int = 0) -> jax.Array:
+    """One near x > 0, times 2^room: dividing by it rounds nothing; 1 near other x."""
+    x = jax.lax.stop_gradient(x)
+    usable = (x > 0) & jnp.isfinite(x)
+    _, exponent = jnp.frexp(jnp.where(usable, x, 0.5))
+    end = int(jnp.finfo(x.dtype).maxexp) - 3  # its reciprocal is a normal number too
+    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent + room, -end, end))

@@ -41,11 +41,14 @@ class Sum(NamedTuple):
 
     terms: tuple[jax.Array, ...]
 
-    def value(self) -> jax.Array:
-        """The sum, in the widest dtype of its terms and float32."""
+    def value(self, *after: jax.Array) -> jax.Array:
+        """The sum, in the widest dtype of its terms and float32.
+
+        A second one, `after` what a first was reduced to, shares no copy with it.
+        """
         if len(self.terms) == 1:
             return self.terms[0]
-        terms = jax.lax.optimization_barrier(self.terms)
+        terms, _ = jax.lax.optimization_barrier((self.terms, after))
         wide = np.dtype(np.float32)
         for term in terms:  # NumPy's promotion: JAX's strict one would refuse
             wide = np.promote_types(wide, term.dtype)
@@ -93,6 +96,10 @@ class Set(Part):
     def nearest(self, x: jax.Array, extent: Any, memory: Any = None) -> jax.Array:
         """The nearest point to an array that is in memory anyway."""
         return self.project(x, self.measure(Sum((x,)), extent), memory)
+
+    def holds(self, x: jax.Array, extent: Any, memory: Any = None) -> jax.Array:
+        """Whether the points of such an array lie in the set."""
+        return self.contains(x, self.measure(Sum((x,)), extent), memory)
 
 
 class Extent(NamedTuple):

@@ -72,8 +72,8 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
 
     def contains(x: jax.Array, extents: Any, memory: Any) -> jax.Array:
         own_a, own_b = split(x, memory)
-        in_a = a.contains(x, a.measure(x, extents[0]), own_a)
-        in_b = b.contains(x, b.measure(x, extents[1]), own_b)
+        in_a = a.holds(x, extents[0], own_a)
+        in_b = b.holds(x, extents[1], own_b)
         return jnp.broadcast_to(in_a, x.shape) & jnp.broadcast_to(in_b, x.shape)
 
     def init(param: jax.Array) -> jax.Array:

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optclip._core import checks, layouts, numerics
 from optclip._core.groupings import stack_of
 from optclip._core.public import public
-from optclip._core.rounding import bound_towards, rounded
+from optclip._core.rounding import bound_towards, power_of_two, rounded
 from optclip._core.types import Shapes, Stacked
 from optclip.projections import polar
 from optclip.projections.base import (
@@ -99,7 +99,7 @@ def spectral_ball(
         w, undo, finite = _matrices(x, sides)
         # How far off a singular value may be, as computed: what is at most one margin
         # inside counts as inside, what is capped comes two margins inside.
-        margin = _error(w)
+        margin = _error(max(w.shape[-2:]), w.dtype)
         rounding = 0.0 if x.dtype == w.dtype else 2 * float(jnp.finfo(x.dtype).eps)
         goal = bound_towards(bound, w.dtype, 0.0) * (1 - rounding - 2 * margin)
         near = _near(w, goal)
@@ -108,7 +108,8 @@ def spectral_ball(
         else:
             capped = polar.capped_by_products(near, iterations)
         inside = jnp.all(capped == near, axis=(-2, -1), keepdims=True)
-        capped = jnp.where(inside, w, jnp.where(finite, capped * goal, jnp.nan))
+        capped = jnp.where(inside, w, capped * goal)
+        capped = jnp.where(finite, capped, jnp.nan)
         return undo(rounded(capped, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
@@ -137,7 +138,8 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
     Returns:
       A set for `project`, `project_params` and `intersection`.
 
-    Edge cases: singular values are 1 to 4 units in the last place of the leaf's dtype.
+    Edge cases: singular values are 1 to 4 units in the last place of the leaf's dtype
+    for up to 256 rows or columns, and to 5 for up to 1024.
     Directions whose singular value is 0, to rounding beside the largest, become 0: a
     zero bias stays zero, and a matrix of ones has one singular value 1. The derivative
     grows as 1/s for small singular values s, and is taken as 0 at 0; at repeated ones
@@ -160,15 +162,17 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
     def project(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
         w, undo, finite = _matrices(x, sides)
         if iterations is None:
-            found = polar.mapped(w, polar.one(_error(w)))
+            found = polar.mapped(w, polar.one(_error(max(w.shape[-2:]), w.dtype)))
         else:
             found = polar.polar_by_products(w, iterations)
         found = jnp.where(finite, found, jnp.nan)
         return undo(rounded(found, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
-        slack = 4 * float(jnp.finfo(x.dtype).eps)
-        return _largest(x, sides, lambda s: jnp.abs(s - 1), slack) <= slack
+        wide = numerics.wide_dtype(x.dtype)
+        side = max(math.prod(x.shape[n] for n in axes) for axes in sides)
+        slack = 4 * float(jnp.finfo(x.dtype).eps) + _error(side, wide)
+        return _largest(x, sides, lambda s: jnp.abs(s - 1), 0) <= slack
 
     return Set(_sides_of(stacked), as_it_is, project, contains)
 
@@ -202,10 +206,9 @@ def _matrices(
     return jnp.where(finite, w, 0), undo, finite
 
 
-def _error(w: jax.Array) -> float:
+def _error(side: int, wide: DTypeLike) -> float:
     """By how much, relatively, a computed singular value may be off: 4 + 2√n units."""
-    side = max(w.shape[-2:])
-    return float(jnp.finfo(w.dtype).eps) * (4 + 2 * math.sqrt(side))
+    return float(jnp.finfo(wide).eps) * (4 + 2 * math.sqrt(side))
 
 
 def _near(w: jax.Array, goal: jax.Array) -> jax.Array:
@@ -216,7 +219,7 @@ def _near(w: jax.Array, goal: jax.Array) -> jax.Array:
     """
     largest = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
     far = jax.lax.stop_gradient(largest) > 2.0**30 * goal
-    shrunk = w / jnp.where(far, largest, 1) * 2.0**30
+    shrunk = w * (1 / power_of_two(largest)) * 2.0**30
     return jnp.where(far, shrunk, w / jnp.where(far, 1, goal))
 
 

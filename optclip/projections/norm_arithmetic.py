@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 
 from optclip._core import checks, meshes, numerics
 from optclip._core.groupings import Grouping, in_range, per_unit
-from optclip._core.rounding import bound_towards, rounded, rounded_towards
+from optclip._core.rounding import bound_towards, power_of_two, rounded, rounded_towards
 from optclip._core.types import Axes
 from optclip.projections.base import Extent, Sum
 
@@ -79,31 +79,30 @@ def norm_near(radius: Number, inside: bool = False) -> Callable[[Sum, Extent], N
     """
 
     def measure(total: Sum, extent: Extent) -> Norm:
-        return _norm(total, radius, extent, inside)
+        wide = numerics.wide_dtype(*(term.dtype for term in total.terms))
+        return _norm(total, bound_towards(radius, wide, 0.0), extent, inside)
 
     return measure
 
 
 # Jitted, because eager code would compile the branches of `cond` at every call.
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _norm(total: Sum, radius: Number, extent: Extent, inside: bool) -> Norm:
+def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
     x = _parts(total)
     wide = x[0].dtype
     if not extent.axes and not extent.mesh:  # each element is a group
         size = numerics.hypot(*map(jnp.abs, x)) if len(x) > 1 else jnp.abs(x[0])
         return Norm(size, jnp.ones((), wide))
 
-    # Clipped, so that squares stay in range and the derivative of a sum that is not
-    # used is finite; and from below too, which tells groups of tiny numbers from zeros.
     half = int(jnp.finfo(wide).maxexp) // 2
-    high, low = 2.0 ** (half - 4), 0.0 if inside else 2.0 ** (14 - half)
-    count = math.prod(x[0].shape[n] for n in extent.axes)
-    count = count * meshes.axis_size(extent.mesh) * len(x)
-    known = count * low**2 * 2.0 ** (int(jnp.finfo(wide).nmant) + 3)
-
-    unit = _power_of_two(bound_towards(radius, wide, 0.0), 30 if inside else 0)
-    squares = _sum(extent, [_clipped(part * (1 / unit), low, high) for part in x])
+    high, tiny = 2.0 ** (half - 4), 0.0 if inside else 2.0 ** (28 - 2 * half)
+    unit = power_of_two(radius, 30 if inside else 0)
+    squares = _sum(extent, [_square(part, unit, high, tiny) for part in x])
+    count = math.prod(x[0].shape[n] for n in extent.axes) * len(x)
+    count = count * meshes.axis_size(extent.mesh)
+    known = count * tiny * 2.0 ** (int(jnp.finfo(wide).nmant) + 3)
     ordinary = (squares < high**2) & ((squares >= known) | (squares == 0))
+
     one = jnp.ones((), wide)
     rough = Norm(unit * numerics.safe_sqrt(squares), jnp.where(ordinary, one, one))
 
@@ -112,8 +111,9 @@ def _norm(total: Sum, radius: Number, extent: Extent, inside: bool) -> Norm:
         largest = jnp.max(largest, extent.axes, keepdims=True)
         if extent.mesh:
             largest = meshes.largest_across(largest, extent.mesh)
-        own = _power_of_two(largest, 0)
-        value = numerics.safe_sqrt(_sum(extent, [y * (1 / own) for y in _parts(total)]))
+        own = power_of_two(largest, 0)
+        squares = [jnp.square(part * (1 / own)) for part in _parts(total, own)]
+        value = numerics.safe_sqrt(_sum(extent, squares))
         # Groups in range keep the bits that they have when none is out of it.
         return Norm(
             jnp.where(ordinary, rough.value, value), jnp.where(ordinary, one, own)
@@ -122,31 +122,28 @@ def _norm(total: Sum, radius: Number, extent: Extent, inside: bool) -> Norm:
     return jax.lax.cond(jnp.all(ordinary), lambda: rough, again)
 
 
-def _parts(total: Sum) -> tuple[jax.Array, ...]:
+def _parts(total: Sum, *after: jax.Array) -> tuple[jax.Array, ...]:
     """The array as real ones, in float32 or wider."""
-    x = total.value()
+    x = total.value(*after)
     x = numerics.widen(x, numerics.wide_dtype(x.dtype))
     return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
-def _clipped(x: jax.Array, low: float, high: float) -> jax.Array:
-    magnitude = jnp.clip(jnp.abs(x), low, high)
-    return jnp.where(x == 0, jnp.zeros_like(x), magnitude) if low else magnitude
+def _square(x: jax.Array, unit: jax.Array, high: float, tiny: float) -> jax.Array:
+    """The square of x / unit, at most high², and tiny more if x is not zero.
+
+    So a derivative that is not used is finite, and tiny numbers are told from zeros. It
+    is made of minima, because XLA:CPU writes what a sum selects or clamps to memory.
+    """
+    square = jnp.square(jnp.minimum(jnp.abs(x * (1 / unit)), high))
+    if not tiny:
+        return square
+    return square + jnp.minimum(jnp.abs(x) * (1 / float(jnp.finfo(x.dtype).tiny)), tiny)
 
 
-def _sum(extent: Extent, parts: list[jax.Array]) -> jax.Array:
-    squares = functools.reduce(jnp.add, map(jnp.square, parts))
-    total = jnp.sum(squares, extent.axes, keepdims=True)
+def _sum(extent: Extent, squares: list[jax.Array]) -> jax.Array:
+    total = jnp.sum(functools.reduce(jnp.add, squares), extent.axes, keepdims=True)
     return jax.lax.psum(total, extent.mesh) if extent.mesh else total
-
-
-def _power_of_two(x: jax.Array, room: int) -> jax.Array:
-    """One near x > 0, times 2^room: dividing by it rounds nothing."""
-    x = jax.lax.stop_gradient(x)
-    usable = (x > 0) & jnp.isfinite(x)
-    _, exponent = jnp.frexp(jnp.where(usable, x, 0.5))
-    end = int(jnp.finfo(x.dtype).maxexp) - 3  # its reciprocal is a normal number too
-    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent + room, -end, end))
 
 
 def scaled(

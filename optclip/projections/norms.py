@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from optclip._core import checks, numerics
+from optclip._core import checks
 from optclip._core.groupings import Grouping, per_leaf
 from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards
@@ -242,7 +242,8 @@ def norm_range(
         size = norm.size
         low, high = ends(x.dtype, size.dtype)
         share = jnp.asarray(rate).astype(size.dtype)
-        goal = share * jnp.clip(size, low, high) + (1 - share) * numerics.finite(size)
+        rest = (1 - share) * norm.value * norm.unit  # finite where the size is not
+        goal = share * jnp.clip(size, low, high) + rest
         stays = ((size >= low) & (size <= high)) | (share == 0)
         return scaled(x, norm, goal, stays)
 

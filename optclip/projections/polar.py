@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip._core import numerics
+from optclip._core.rounding import power_of_two
 
 
 class Spectral(NamedTuple):
@@ -119,8 +120,8 @@ def polar_by_products(w: jax.Array, iterations: int) -> jax.Array:
     """The polar factor by x ← x (15 - 10 xᵀx + 3 (xᵀx)²) / 8, which takes σ to 1."""
     if w.shape[-2] < w.shape[-1]:
         return polar_by_products(w.mT, iterations).mT
-    size = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)  # keeps squares in range
-    w = w / jnp.where(size > 0, size, 1)
+    largest = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
+    w = w * (1 / power_of_two(largest))  # keeps squares in range
     size = numerics.safe_sqrt(jnp.sum(jnp.square(w), axis=(-2, -1), keepdims=True))
     x = w / jnp.where(size > 0, size, 1)
     unit = identity(w)

@@ -95,7 +95,7 @@ def by_scipy(constraints, bounds):
         bounds=bounds,
         constraints=constraints,
         method="SLSQP",
-        options={"ftol": 1e-10, "maxiter": 500},
+        options={"ftol": 1e-9, "maxiter": 500},
     )
     assert found.success
     return found.x.reshape(X.shape)
