@@ -6,6 +6,7 @@ it: `range_of` says where a dtype's squares start to overflow or vanish, and `fa
 and `split` take target/size apart into multipliers that stay normal.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,11 @@ def is_measured(leaf: Any) -> bool:
     if isinstance(leaf, (float, complex)):
         return True
     dtype = getattr(leaf, "dtype", None)
+    # Not `jnp.size`, which takes no abstract leaf.
     return (
-        dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.size(leaf) > 0
+        dtype is not None
+        and jnp.issubdtype(dtype, jnp.inexact)
+        and math.prod(leaf.shape) > 0
     )
 
 

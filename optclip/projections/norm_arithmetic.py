@@ -101,10 +101,11 @@ def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
     count = math.prod(x[0].shape[n] for n in extent.axes) * len(x)
     count = count * meshes.axis_size(extent.mesh)
     known = count * tiny * 2.0 ** (int(jnp.finfo(wide).nmant) + 3)
+    value = unit * numerics.safe_sqrt(squares)
     ordinary = (squares < high**2) & ((squares >= known) | (squares == 0))
-
+    ordinary &= jnp.isfinite(value)
     one = jnp.ones((), wide)
-    rough = Norm(unit * numerics.safe_sqrt(squares), jnp.where(ordinary, one, one))
+    rough = Norm(value, jnp.where(ordinary, one, one))
 
     def again() -> Norm:
         largest = functools.reduce(jnp.maximum, map(jnp.abs, _parts(total)))

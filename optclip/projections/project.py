@@ -54,7 +54,9 @@ def project(
     It must be the last: what follows changes the updates again, and a transform cannot
     see what follows it. `optax.chain(optax.adam(1e-3), project(sets.box(-1, 1)))` is
     right; so are several `project` in a row for different leaves, and
-    `optax.MultiSteps` around that chain.
+    `optax.MultiSteps` around that chain. Before the optimizer it bounds a gradient
+    step that is never taken, and parameters leave the set at the next step:
+    `project_params(params, constraint, strict=True)` says so.
 
     Args:
       constraint: one of `optclip.sets`, or a tree of them (dicts, lists, tuples, …)
