@@ -6,7 +6,6 @@ on its inner side: 0.01 is 0.009949 in bfloat16, whose nearest number is 0.01001
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,11 @@ def neighbour(x: jax.Array, dtype: DTypeLike, upward: jax.Array) -> jax.Array:
 
 
 @neighbour.defjvp
-def _neighbour_jvp(dtype: DTypeLike, primals: Any, tangents: Any) -> Any:
+def _neighbour_jvp(
+    dtype: DTypeLike,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
     return neighbour(primals[0], dtype, primals[1]), tangents[0]
 
 

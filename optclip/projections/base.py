@@ -14,9 +14,10 @@ All points of a leaf are projected at once, each on its own. `project` calls `ex
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from optclip._core.groupings import Grouping
 from optclip._core.public import Part, caller, error, naming
 from optclip._core.types import AxisName, Shapes
 
+T = TypeVar("T")
 ExtentOf = Callable[[str, jax.Array, Shapes], "Extent"]
 
 
@@ -52,7 +54,7 @@ class Sum(NamedTuple):
         wide = np.dtype(np.float32)
         for term in terms:  # NumPy's promotion: JAX's strict one would refuse
             wide = np.promote_types(wide, term.dtype)
-        return sum(term.astype(wide) for term in terms)
+        return functools.reduce(jnp.add, [term.astype(wide) for term in terms])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -93,11 +95,15 @@ class Set(Part):
         # `extent` runs inside `project`, but its errors name who made the set.
         object.__setattr__(self, "extent", naming(caller())(self.extent))
 
-    def nearest(self, x: jax.Array, extent: Any, memory: Any = None) -> jax.Array:
+    def nearest(
+        self, x: jax.Array, extent: object, memory: jax.Array | None = None
+    ) -> jax.Array:
         """The nearest point to an array that is in memory anyway."""
         return self.project(x, self.measure(Sum((x,)), extent), memory)
 
-    def holds(self, x: jax.Array, extent: Any, memory: Any = None) -> jax.Array:
+    def holds(
+        self, x: jax.Array, extent: object, memory: jax.Array | None = None
+    ) -> jax.Array:
         """Whether the points of such an array lie in the set."""
         return self.contains(x, self.measure(Sum((x,)), extent), memory)
 
@@ -109,7 +115,7 @@ class Extent(NamedTuple):
     mesh: tuple[Hashable, ...] = ()
 
 
-def as_it_is(total: Sum, extent: Any) -> Any:
+def as_it_is(total: Sum, extent: T) -> T:
     """The measure of sets that need none."""
     return extent
 

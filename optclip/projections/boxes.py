@@ -145,8 +145,8 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
     >>> print(optax.apply_updates(params, updates))
     [ 0.6 -2. ]
     """
-    checks.scalar(kappa=kappa)
     factor = bound_array(checks.non_negative, kappa=kappa)
+    checks.scalar(kappa=kappa)
 
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):

@@ -76,7 +76,7 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
         arrays: list[jax.Array | None],
         memory: Memory,
         others: tuple[Hashable, ...],
-        treedef: jax.tree_util.PyTreeDef,
+        treedef: Hashable,
     ) -> jax.Array:
         pairs = zip(arrays, others, strict=True)
         leaves = [other if array is None else array for array, other in pairs]

@@ -91,7 +91,7 @@ def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
     x = _parts(total)
     wide = x[0].dtype
     if not extent.axes and not extent.mesh:  # each element is a group
-        size = numerics.hypot(*map(jnp.abs, x)) if len(x) > 1 else jnp.abs(x[0])
+        size = functools.reduce(numerics.hypot, map(jnp.abs, x))
         return Norm(size, jnp.ones((), wide))
 
     half = int(jnp.finfo(wide).maxexp) // 2

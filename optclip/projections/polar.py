@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,9 @@ def _polished(x: jax.Array) -> jax.Array:
 
 
 @mapped.defjvp
-def _mapped_jvp(f: Spectral, primals: Any, tangents: Any) -> Any:
+def _mapped_jvp(
+    f: Spectral, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     # Daleckii and Krein's formula, for singular values: divided differences on the
     # symmetric part, divided sums on the skew part; both have limits where the formula
     # of the singular vectors themselves divides by zero.
@@ -126,7 +128,7 @@ def polar_by_products(w: jax.Array, iterations: int) -> jax.Array:
     x = w / jnp.where(size > 0, size, 1)
     unit = identity(w)
 
-    def step(_: Any, x: jax.Array) -> jax.Array:
+    def step(_: jax.Array, x: jax.Array) -> jax.Array:
         gram = times(x.mT, x)
         return times(x, (15 * unit - 10 * gram + 3 * times(gram, gram)) / 8)
 

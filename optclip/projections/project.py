@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
@@ -24,6 +25,7 @@ from optclip.projections.base import Set, Sum
 from optclip.projections.landing import applied, settled, steered
 
 Constraint: TypeAlias = Set | Tree
+Memory: TypeAlias = jax.Array | tuple[()]
 Chosen: TypeAlias = Callable[[str, jax.Array, Shapes], bool]
 
 
@@ -35,8 +37,8 @@ class ProjectState(NamedTuple):
       memory: what sets remember of the start, one vector; () for sets without memory.
     """
 
-    steps: jax.Array | tuple[()]
-    memory: jax.Array | tuple[()]
+    steps: ArrayLike | tuple[()]
+    memory: Memory
 
 
 @public
@@ -105,16 +107,16 @@ def projecting(
             for member in members(params, set_of, chosen)
             if member.set.init is not None
         ]
-        memory: Any = ()
+        memory: Memory = ()
         if remembers(constraint):  # of an empty tree as well
             memory = jnp.concatenate(kept) if kept else jnp.zeros((1,), jnp.float32)
         return ProjectState(jnp.zeros((), jnp.int32) if every > 1 else (), memory)
 
     def update(
         updates: optax.Updates,
-        state: ProjectState | None,
+        state: Any,  # a ProjectState, or None
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, ProjectState]:
         del extra_args
         if params is None:
@@ -122,7 +124,7 @@ def projecting(
         state = init(params) if state is None else state
         if every == 1:
             return projected(updates, state.memory, params), state
-        steps = optax.safe_increment(state.steps)
+        steps = jnp.asarray(optax.safe_increment(state.steps))
         updates = jax.lax.cond(
             steps % every == 0,
             projected,
@@ -131,7 +133,9 @@ def projecting(
         )
         return updates, ProjectState(steps, state.memory)
 
-    def projected(updates: optax.Updates, memory: Any, params: optax.Params) -> Any:
+    def projected(
+        updates: optax.Updates, memory: Memory, params: optax.Params
+    ) -> optax.Updates:
         flat, treedef = jax.tree_util.tree_flatten(updates)
         index = None  # the same leaves in both trees
         if treedef != jax.tree_util.tree_structure(params):
@@ -161,7 +165,9 @@ def projecting(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _unchanged(updates: optax.Updates, memory: Any, params: Any) -> optax.Updates:
+def _unchanged(
+    updates: optax.Updates, memory: Memory, params: optax.Params
+) -> optax.Updates:
     return updates
 
 
@@ -178,7 +184,7 @@ class Member(NamedTuple):
 def members(params: Tree, set_of: Callable[[str], Set], chosen: Chosen) -> list[Member]:
     """The leaves that are projected."""
     abstract = jax.ShapeDtypeStruct  # `init` takes these as well
-    leaves = [
+    leaves: list[tuple[int, str, Any]] = [
         (index, path, value if isinstance(value, abstract) else jnp.asarray(value))
         for index, (path, value) in enumerate(paths.leaves(params))
         if numerics.is_measured(value)
@@ -243,6 +249,6 @@ def _remembered(init: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.
     return jnp.full(kept.shape, jnp.nan, kept.dtype)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

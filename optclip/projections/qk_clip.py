@@ -89,12 +89,12 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
 
     def update(
         updates: optax.Updates,
-        state: optax.EmptyState | None,
+        state: Any,
         params: optax.Params | None = None,
         *,
         max_logits: Tree = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         if params is None:
             raise error("params must be given to update, got None.")
