@@ -15,11 +15,6 @@ from jax.typing import ArrayLike, DTypeLike
 from optclip._core import numerics
 
 
-def has_infinity(dtype: DTypeLike) -> bool:
-    """Whether a dtype has infinities; several of 8 bits have NaN in their place."""
-    return bool(np.isinf(np.asarray(np.inf, dtype)))
-
-
 def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Real numbers of x's dtype that a narrower one holds too; finite stays finite.
 
@@ -88,7 +83,7 @@ def bound_towards(bound: ArrayLike, dtype: DTypeLike, toward: float) -> jax.Arra
             wide = np.promote_types(wide, bound.dtype)
         found = bound.astype(wide)
         found = rounded_towards(found, dtype, toward > found)
-        if not has_infinity(dtype):
+        if np.isnan(np.asarray(np.inf, dtype)):  # some types of 8 bits
             top = float(jnp.finfo(dtype).max)
             found = jnp.clip(found, -top, top)
         return found.astype(dtype)
@@ -101,7 +96,7 @@ def static_bound(bound: ArrayLike, dtype: DTypeLike, toward: float) -> np.ndarra
     It is infinite where the dtype has no number on the inner side.
     """
     exact, top = np.asarray(bound, np.float64), float(jnp.finfo(dtype).max)
-    if not has_infinity(dtype):
+    if np.isnan(np.asarray(np.inf, dtype)):
         lowest, highest = np.maximum(exact, -top), np.minimum(exact, top)
         exact = np.where(toward >= exact, lowest, highest)
     with np.errstate(over="ignore", invalid="ignore"):

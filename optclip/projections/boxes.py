@@ -191,12 +191,18 @@ def _interval(low: Bound, high: Bound) -> Set:
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Interval:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise not_real(path)
-        aligned = (
-            _aligned("lower", low, path, leaf),
-            _aligned("upper", high, path, leaf),
-        )
-        lower = inward(aligned[0], leaf.dtype, np.inf)
-        upper = inward(aligned[1], leaf.dtype, -np.inf)
+        ends = []
+        for name, bound, toward in (("lower", low, np.inf), ("upper", high, -np.inf)):
+            own = (1,) * (leaf.ndim - bound.ndim) + bound.shape
+            pairs = zip(own, leaf.shape, strict=False)
+            if len(own) != leaf.ndim or not all(n in (1, size) for n, size in pairs):
+                raise error(
+                    f"{name} must broadcast against every leaf, got shape "
+                    f"{bound.shape} for {path!r} of shape {leaf.shape}."
+                )
+            aligned = bound.reshape(own) if bound.ndim else bound
+            ends.append(inward(aligned, leaf.dtype, toward))
+        lower, upper = ends
         if static and np.any(lower > upper):
             raise error(
                 f"lower and upper must have a {leaf.dtype} between them, "
@@ -213,15 +219,3 @@ def _interval(low: Bound, high: Bound) -> Set:
         return (x >= lower) & (x <= upper)
 
     return Set(extent, lambda total, interval: interval, project, contains)
-
-
-def _aligned(name: str, bound: Bound, path: str, leaf: jax.Array) -> Bound:
-    """The bound as a scalar or of the leaf's rank."""
-    own = (1,) * (leaf.ndim - bound.ndim) + bound.shape
-    pairs = zip(own, leaf.shape, strict=False)
-    if len(own) != leaf.ndim or not all(n in (1, size) for n, size in pairs):
-        raise error(
-            f"{name} must broadcast against every leaf, got shape "
-            f"{bound.shape} for {path!r} of shape {leaf.shape}."
-        )
-    return bound.reshape(own) if bound.ndim else bound

@@ -11,7 +11,7 @@ enough: the update is off by at most half of its own spacing, and rounding never
 a number that the parameters' dtype can represent.
 
 Compiled code may compute p + a·b with one rounding (a fused multiply-add), or keep more
-digits of a bfloat16 than it has. `settled` and `rounding.rounded` forbid both, so that
+digits of a bfloat16 than it has. `applied` and `rounding.rounded` forbid both, so that
 eager and jitted code land on the same numbers.
 """
 
@@ -24,28 +24,26 @@ import numpy as np
 from optclip._core.rounding import neighbour, rounded
 
 
-def applied(p: jax.Array, u: jax.Array) -> jax.Array:
-    """What `optax.apply_updates` makes of one parameter, in its dtype.
+def applied(p: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The update as it is in memory, whatever it is fused with, and what becomes of p.
 
-    A finite sum beyond the range of float16 is its largest number here, not infinity:
-    what follows projects it. The sum is rounded once more where it is made in float32
-    for two of half precision, which does no harm.
+    That is what `optax.apply_updates` makes of one parameter, in its dtype. A finite
+    sum beyond the range of float16 is its largest number here, not infinity: what
+    follows projects it. The sum of two of half precision is rounded twice, from float32
+    on, which does no harm.
     """
     if jnp.iscomplexobj(p):
-        return jax.lax.complex(applied(p.real, u.real), applied(p.imag, u.imag))
-    wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
-    return rounded(p.astype(wide) + u.astype(wide), p.dtype).astype(p.dtype)
-
-
-def settled(u: jax.Array) -> jax.Array:
-    """The update as it is in memory, whatever it is fused with."""
-    if jnp.iscomplexobj(u):
-        return jax.lax.complex(settled(u.real), settled(u.imag))
+        parts = applied(p.real, u.real), applied(p.imag, u.imag)
+        settled, moved = (jax.lax.complex(*pair) for pair in zip(*parts, strict=True))
+        return settled, moved
     if jnp.finfo(u.dtype).bits < 32:
-        return rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
-    # A product that ends in a clamp cannot melt into the sum that follows.
-    largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
-    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
+        u = rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
+    else:
+        # A product that ends in a clamp cannot melt into the sum that follows.
+        largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
+        u = jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
+    wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
+    return u, rounded(p.astype(wide) + u.astype(wide), p.dtype).astype(p.dtype)
 
 
 def steered(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
 from optclip._core.types import Shapes, Tree, Where
 from optclip.projections.base import Set, Sum
-from optclip.projections.landing import applied, settled, steered
+from optclip.projections.landing import applied, steered
 
 Constraint: TypeAlias = Set | Tree
 Memory: TypeAlias = jax.Array | tuple[()]
@@ -156,8 +156,7 @@ def projecting(
                     f"{u.shape} at {member.path!r}."
                 )
             measured = member.set.measure(Sum((p, u)), member.extent)
-            u = settled(u)
-            y = applied(p, u)
+            u, y = applied(p, u)
             q = member.set.project(y, measured, own)
             flat[number] = steered(p, u, y, q)
         return jax.tree_util.tree_unflatten(treedef, flat)

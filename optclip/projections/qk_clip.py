@@ -25,7 +25,7 @@ from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards, rounded
 from optclip._core.types import Tree
 from optclip.projections.base import bound_array
-from optclip.projections.landing import applied, settled, steered
+from optclip.projections.landing import applied, steered
 
 NAME = "max_logits"
 
@@ -245,8 +245,7 @@ def _factors(
 
 def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
     """Updates that take p to (p + u) times the factor of each head."""
-    u = settled(u)
-    y = applied(p, u)
+    u, y = applied(p, u)
     stack, between = factor.shape[:-1], p.ndim - factor.ndim - 1
     factor = factor.reshape(*stack, *(1,) * between, factor.shape[-1], 1)
     wide = numerics.wide_dtype(p.dtype)

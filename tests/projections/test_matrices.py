@@ -129,9 +129,8 @@ def test_the_derivative_beside_a_matrix_that_is_not_finite():
     params = {"kernel": normal((2, 3, 3)).at[0, 0, 0].set(jnp.inf)}
     params["bias"] = jnp.zeros((2, 3))
 
-    def loss(scale):
-        scaled = jax.tree.map(lambda x: scale * x, params)
-        found = optclip.project_params(scaled, sets.spectral_ball(1.0))
+    def loss(params):
+        found = optclip.project_params(params, sets.spectral_ball(1.0))
         return jnp.sum(found["kernel"][1] ** 2)
 
-    assert np.isfinite(jax.grad(loss)(1.0))
+    assert np.all(np.isfinite(jax.grad(loss)(params)["kernel"]))
