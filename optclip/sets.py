@@ -1,11 +1,11 @@
-"""Where parameters must stay: the sets for `project` and `project_params`.
+"""Sets that parameters are kept in, for `project` and `project_params`.
 
 | set | its points |
 |---|---|
 | `box(lower, upper)` | elements between two bounds |
 | `nonnegative()` | elements that are not negative |
 | `linf_ball(radius)` | elements of bounded magnitude |
-| `init_box(kappa)` | elements up to kappa times the largest first value |
+| `init_box(kappa)` | elements up to kappa times the largest one at init |
 | `l2_ball(radius)` | leaves, or units, of bounded Euclidean norm |
 | `max_norm(max_value, axis)` | units of bounded norm: Keras' MaxNorm |
 | `norm_sphere(radius)` | leaves, or units, of one norm |
@@ -17,7 +17,7 @@
 | `orthogonal()` | matrices with orthonormal columns or rows |
 | `intersection(a, b)` | points of two sets |
 
-`Set` makes one of your own.
+`Set` builds one of your own: its docstring has an example.
 """
 
 from optclip.projections.base import Set
