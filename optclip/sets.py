@@ -24,13 +24,8 @@ from optclip.projections.base import Set
 from optclip.projections.boxes import box, init_box, linf_ball, nonnegative
 from optclip.projections.intersection import intersection
 from optclip.projections.matrices import orthogonal, spectral_ball
-from optclip.projections.norms import (
-    l2_ball,
-    max_norm,
-    norm_range,
-    norm_sphere,
-    unit_norm,
-)
+from optclip.projections.norm_range import norm_range
+from optclip.projections.norms import l2_ball, max_norm, norm_sphere, unit_norm
 from optclip.projections.sorted_sets import l1_ball, simplex
 
 __all__ = [

@@ -7,7 +7,8 @@ Where to look:
 
     base              `Set`: what a set is made of, and over which axes it extends
     boxes             every element on its own: intervals
-    norms             Euclidean norms of units: balls, spheres, ranges
+    norms             Euclidean norms of units: balls and spheres
+    norm_range        the same, in a range
     norm_arithmetic   how those norms are measured and given, over all of the range
     sorted_sets       the l1 ball and the simplex, which sort
     matrices          sets of matrices by their singular values

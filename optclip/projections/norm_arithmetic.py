@@ -24,13 +24,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optclip._core import checks, meshes, numerics
 from optclip._core.groupings import Grouping, in_range, per_unit
 from optclip._core.rounding import bound_towards, power_of_two, rounded, rounded_towards
 from optclip._core.types import Axes
-from optclip.projections.base import Extent, Sum
+from optclip.projections.base import Extent, Sum, bound_array
 
 MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
 Number = np.ndarray | jax.Array
@@ -58,6 +58,13 @@ def units(axis: Axes | None) -> Grouping:
         None,
         sums=None,
     )
+
+
+def checked_radius(**named: ArrayLike) -> Number:
+    """One non-negative number, as floats; raises for anything else."""
+    radius = bound_array(checks.non_negative, **named)
+    checks.scalar(**named)
+    return radius
 
 
 def margin(dtype: DTypeLike, wide: DTypeLike) -> float:

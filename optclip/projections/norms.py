@@ -1,8 +1,7 @@
-"""Sets that look at the Euclidean norms of units: balls, spheres, and ranges.
+"""Sets that look at the Euclidean norms of units: balls and spheres.
 
     ball    x ← x · min(‖x‖₂, radius) / ‖x‖₂
     sphere  x ← x · radius / ‖x‖₂
-    range   x ← x · clip(‖x‖₂, min, max) / ‖x‖₂
 
 Zero has no direction: a unit that is zero stays zero. `norm_arithmetic` measures and
 scales; here is which norm each set wants.
@@ -12,18 +11,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from optclip._core import checks
 from optclip._core.groupings import Grouping, per_leaf
-from optclip._core.public import error, public
+from optclip._core.public import public
 from optclip._core.rounding import bound_towards
 from optclip._core.types import Axes, AxisName
-from optclip.projections.base import Set, bound_array, extent_of
+from optclip.projections.base import Set, extent_of
 from optclip.projections.norm_arithmetic import (
     Norm,
-    Number,
+    checked_radius,
     margin,
     norm_near,
     scaled,
@@ -180,90 +177,8 @@ def unit_norm(axis: Axes | None = None, *, axis_name: AxisName = None) -> Set:
     return _sphere(units(axis), axis_name, radius=1.0)
 
 
-@public
-def norm_range(
-    min_value: ArrayLike = 0.0,
-    max_value: ArrayLike = 1.0,
-    rate: ArrayLike = 1.0,
-    axis: Axes | None = None,
-    *,
-    axis_name: AxisName = None,
-) -> Set:
-    """Units whose norm lies in a range: Keras' MinMaxNorm.
-
-        ‖w‖ ← rate · clip(‖w‖, min_value, max_value) + (1 - rate) · ‖w‖   for each unit
-
-    Args:
-      min_value, max_value: non-negative numbers of any type, in the units of the
-        parameters.
-      rate: from 0 (no change) to 1 (a projection); below 1 the norm only moves towards
-        the range, and does not land in it.
-      axis: the axes over which a norm is taken, for every leaf; None takes the inputs
-        of each output by the parameter's layout, as `max_norm` does.
-      axis_name: inside `shard_map` and `pmap`, the mesh axes that units extend over;
-        () says that each device holds them whole.
-
-    Returns:
-      A set for `project`, `project_params` and `intersection`.
-
-    Edge cases: what lies in the range keeps its bits; a unit that is zero stays zero.
-    NaN or infinity makes its whole unit NaN.
-
-    Raises:
-      ValueError: if a bound is negative, NaN or not a number, min_value is above
-        max_value, or rate lies outside [0, 1]; at init, if a leaf lacks an axis.
-
-    Reference: Keras' `MinMaxNorm`, https://keras.io/api/layers/constraints.
-
-    >>> import jax.numpy as jnp, optclip
-    >>> params = {"kernel": jnp.array([[3.0, 0.3], [4.0, 0.4]])}
-    >>> halfway = norm_range(1.0, 2.0, rate=0.5)
-    >>> print(optclip.project_params(params, halfway)["kernel"].astype("float16"))
-    [[2.1  0.45]
-     [2.8  0.6 ]]
-    """
-    least, most = _radius(min_value=min_value), _radius(max_value=max_value)
-    checks.scalar(rate=rate)
-    checks.between(0, 1, rate=rate)
-    static = isinstance(least, np.ndarray) and isinstance(most, np.ndarray)
-    if static and least > most:
-        raise error(
-            f"min_value must not be above max_value, got {min_value} and {max_value}."
-        )
-
-    def ends(dtype: DTypeLike, wide: DTypeLike) -> tuple[jax.Array, jax.Array]:
-        inner = margin(dtype, wide)
-        low = bound_towards(least, wide, np.inf) * (1 + inner)
-        high = bound_towards(most, wide, 0.0) * (1 - inner)
-        middle = low + (high - low) / 2  # where there is no room for margins
-        return jnp.minimum(low, middle), jnp.maximum(high, middle)
-
-    def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
-        size = norm.size
-        low, high = ends(x.dtype, size.dtype)
-        share = jnp.asarray(rate).astype(size.dtype)
-        rest = (1 - share) * norm.value * norm.unit  # finite where the size is not
-        goal = share * jnp.clip(size, low, high) + rest
-        stays = ((size >= low) & (size <= high)) | (share == 0)
-        return scaled(x, norm, goal, stays)
-
-    def contains(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
-        size, slack = norm.size, 4 * float(jnp.finfo(x.dtype).eps)
-        low, high = (bound_towards(end, size.dtype, 0.0) for end in (least, most))
-        within = (size >= low * (1 - slack)) & (size <= high * (1 + slack))
-        return within | (size == 0)
-
-    return Set(extent_of(units(axis), axis_name), norm_near(most), project, contains)
-
-
-def _radius(**named: ArrayLike) -> Number:
-    radius = bound_array(checks.non_negative, **named)
-    checks.scalar(**named)
-    return radius
-
-
 def _ball(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
-    radius = _radius(**named)
+    radius = checked_radius(**named)
 
     def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
         wide = norm.value.dtype
@@ -278,7 +193,7 @@ def _ball(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
 
 
 def _sphere(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
-    radius = _radius(**named)
+    radius = checked_radius(**named)
 
     def off(x: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The goal, and how far the norm is from it, in units in the last place."""
