@@ -46,9 +46,9 @@ from optclip.clipping.rules.per_example import (
 # Parameters that stay where they must.
 from optclip import sets as sets
 from optclip.projections.project import ProjectState as ProjectState
-from optclip.projections.project import clip_weights as clip_weights
+from optclip.projections.clip_weights import clip_weights as clip_weights
 from optclip.projections.project import project as project
-from optclip.projections.project import project_params as project_params
+from optclip.projections.project_params import project_params as project_params
 from optclip.projections.qk_clip import qk_clip as qk_clip
 from optclip.projections.qk_clip import record_max_logits as record_max_logits
 
