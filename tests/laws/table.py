@@ -491,3 +491,25 @@ def projections(**wanted: Any) -> list[Any]:
         for row in PROJECTIONS
         if all(getattr(row, field) == value for field, value in wanted.items())
     ]
+
+
+# One row of each kind of block, for `make quick`: the whole tree as one group, vectors
+# of leaves, labels and examples, arrays of units and of elements, a flat rule without
+# groups, a learned limit, a wrapper, a measurement; then sets of each kind.
+QUICK_ROWS = (
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by-per_label",
+    "clip_by-per_example",
+    "clip_by_norm-per_unit",
+    "clip_by-per_element",
+    "clip_by_value",
+    "spike_clip",
+    "skip_step",
+    "monitor",
+    "box",
+    "l2_ball",
+    "max_norm",
+    "simplex",
+    "spectral_ball",
+)
