@@ -287,7 +287,7 @@ def test_a_first_call_enters_few_functions(
 LOWERED: list[str] = []
 
 
-def _note(event: str, duration: float, **kwargs: str | int) -> None:
+def _note(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
         LOWERED.append(event)
 
