@@ -175,9 +175,13 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "scheduled": (abs,),
     "per_path": ({"a": 1.0},),
     "tightest": (thresholds.constant(1.0), thresholds.robust()),
+    "relative_to_params": (0.01,),
     "box": (-1.0, 1.0),
+    "linf_ball": (1.0,),
     "intersection": (optclip.sets.l2_ball(1.0), optclip.sets.linf_ball(1.0)),
     "gpt2": (12,),
+    "mup": (64,),
+    "sparse": (0.5,),
 }
 NO_PARTS = ("gain", "redraw", "roles_of", "signal_report", "lsuv", "zero_last")
 
