@@ -1,12 +1,12 @@
-"""Which first values a deep network trains from, and how to see it before training.
+"""Which initialization a deep network trains from, and how to see it before training.
 
 He et al. 2015, figure 3, at laptop scale: a network of 30 layers learns the handwritten
 digits of scikit-learn with plain SGD, once for each way to draw it. With ReLU it trains
-from He's initialization and stalls from Xavier's, whose signal halves at every layer;
+from He's initialization and stalls from Xavier's, where each layer halves the variance;
 with tanh it trains from Xavier's. Zeros show the symmetry problem in a small network:
 all units of a layer stay equal. LSUV scales the same kernels on a batch. The program
 prints one table and draws one picture: the losses of every run, and beside them what
-`signal_report` saw in each network before its first step.
+`signal_report` measured in each network before its first step.
 """
 
 import argparse
@@ -150,14 +150,14 @@ def print_table(runs: dict[str, Run]) -> None:
     columns = "last signal", "first grad", "loss", "accuracy", "units", "seconds"
     print(f"\n{'start':24}" + "".join(f"{column:>12}" for column in columns))
     for name, run in runs.items():
-        ahead = run.report.rows[-1].forward.variance
-        back = run.report.rows[0].backward.variance
+        ahead = run.report.rows[-1].forward.std
+        back = run.report.rows[0].backward.std
         print(
             f"{name:24}{ahead:12.2g}{back:12.2g}{run.loss[-20:].mean():12.3f}"
             f"{run.accuracy:12.1%}{run.distinct:12}{run.seconds:12.1f}"
         )
-    print("\nlast signal: variance of the head's output before the first step")
-    print("first grad: variance of the loss's gradient at the first layer's output")
+    print("\nlast signal: standard deviation of the head's output before training")
+    print("first grad: that of the loss's gradient at the first layer's output")
     print("units: how many of the first layer's units differ after training")
 
 
@@ -171,7 +171,7 @@ def draw(runs: dict[str, Run], depth: int, path: pathlib.Path) -> None:
         these = {n: r for n, r in runs.items() if (n in deep) == (layers > 2)}
         draw_losses(axes, these)
         axes.set_title(f"{layers} layers")
-    right.suptitle("What the signal report saw before the first step")
+    right.suptitle("The signal report before the first step")
     grid = right.subplots(2, len(deep), sharex=True, sharey="row", height_ratios=(3, 1))
     for column, (name, run) in zip(grid.T, deep.items(), strict=True):
         run.report.plot(column)
@@ -195,7 +195,7 @@ def draw_losses(axes: Axes, runs: dict[str, Run]) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description="Compare first values of a network.")
+    options = argparse.ArgumentParser(description="Compare initializations.")
     output = pathlib.Path(__file__).parent / "output"
     options.add_argument("--depth", type=int, default=30)
     options.add_argument("--steps", type=int, default=600)

@@ -67,30 +67,31 @@ Types, to annotate and to read:
 """
 
 from optclip import actions, groupings, initializers, measures, sets, thresholds
-from optclip._core.metrics import ClipMetrics, SkipMetrics, metrics
+from optclip._core.metrics import ClipMetrics, SkipMetrics
 from optclip._core.paths import everything, mask
 from optclip.clipping.engine import ClipState, clip_by
+from optclip.clipping.rules.adagc import adagc
 from optclip.clipping.rules.agc import adaptive_grad_clip
-from optclip.clipping.rules.followers import (
-    adagc,
-    norm_growth_clip,
-    quantile_clip,
-    second_moment_clip,
-)
+from optclip.clipping.rules.autoclip import autoclip
+from optclip.clipping.rules.norm_growth_clip import norm_growth_clip
 from optclip.clipping.rules.norms import (
     clip_by_block_rms,
     clip_by_global_norm,
     clip_by_norm,
     monitor,
 )
-from optclip.clipping.rules.outliers import autoclip, spike_clip, zclip
 from optclip.clipping.rules.per_example import (
     per_example_global_norm_clip,
     per_example_layer_norm_clip,
 )
+from optclip.clipping.rules.quantile_clip import quantile_clip
+from optclip.clipping.rules.second_moment_clip import second_moment_clip
 from optclip.clipping.rules.skip_step import SkipState, skip_step
+from optclip.clipping.rules.spike_clip import spike_clip
 from optclip.clipping.rules.values import clip, clip_by_value
+from optclip.clipping.rules.zclip import zclip
 from optclip.insight.adopt_state import Adopted, adopt_state
+from optclip.insight.metrics import metrics
 from optclip.insight.norms import global_norm, leaf_norms
 from optclip.projections.project import (
     ProjectState,

@@ -16,29 +16,29 @@
 | `growth(gamma)` | a ratio to the last size |
 | `second_moment(theta)` | a multiple of the root of a running mean square |
 
-`Threshold` makes one of your own; it sees a `Seen`.
+`Threshold` makes one of your own; it sees an `Observation` of every block.
 """
 
+from optclip.clipping.rules.adagc import ema_multiple
+from optclip.clipping.rules.agc import relative_to_params
+from optclip.clipping.rules.autoclip import percentile
+from optclip.clipping.rules.norm_growth_clip import growth
+from optclip.clipping.rules.quantile_clip import online_quantile
+from optclip.clipping.rules.second_moment_clip import second_moment
+from optclip.clipping.rules.spike_clip import robust
+from optclip.clipping.rules.zclip import zscore
 from optclip.clipping.thresholds import (
-    Seen,
+    Observation,
     Threshold,
     constant,
-    ema_multiple,
-    growth,
-    online_quantile,
     per_path,
-    percentile,
-    relative_to_params,
-    robust,
     scheduled,
-    second_moment,
     tightest,
     unlimited,
-    zscore,
 )
 
 __all__ = [
-    "Seen",
+    "Observation",
     "Threshold",
     "constant",
     "ema_multiple",

@@ -79,6 +79,18 @@ def given(**named: Any) -> None:
     scalar(**named)
 
 
+def limits(shape: tuple[int, ...], **named: Any) -> None:
+    """Raises unless what a threshold gave is a limit, or one for each group."""
+    for name, value in named.items():
+        if value is None or jnp.shape(value) not in ((), shape):
+            got = "None" if value is None else f"shape {jnp.shape(value)}"
+            raise _wrong(
+                name, f"one that gives a scalar or an array of shape {shape}", got
+            )
+        if not isinstance(value, jax.Array):
+            non_negative(**{f"the limit of {name}": value})
+
+
 def axes(**named: Any) -> None:
     """Raises unless each value is None, an integer or a tuple of integers."""
     for name, value in named.items():

@@ -1,9 +1,9 @@
 """Of what: which elements are measured, and clipped, together.
 
 A grouping answers two questions about every leaf: over which axes it is reduced, and
-(by a label) with which other leaves it shares a group. Groups with labels are *joint*:
-all of them together form one vector, the block that a threshold sees. Groups without
-labels stay inside their leaf: one block a leaf, with reduced axes kept at size 1.
+with which other leaves it shares a group. Groups of *joint* groupings are whole leaves
+or several of them; they form one vector, the block that a threshold sees. Other groups
+lie inside one leaf: one block a leaf, with reduced axes kept at size 1.
 
 | grouping | a group is | block |
 |---|---|---|
@@ -15,15 +15,28 @@ labels stay inside their leaf: one block a leaf, with reduced axes kept at size 
 | `per_element()` | one number | one array a leaf |
 """
 
+from __future__ import annotations
+
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol
 
 from optclip._core import checks, layouts, paths
 from optclip._core.public import Part, error, public
+from optclip._core.types import Axes, Shape, Shapes, Stacked, Tree
 
-Shape = tuple[int, ...]
+
+class Place(Protocol):
+    """What a label may go by: a leaf's number in its tree, and its path."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+
+
+AxesOf = Callable[[str, Shape, Shapes], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -31,69 +44,72 @@ class Grouping(Part):
     """Which elements form a group; see this module's docstring.
 
     Attributes:
-      axes: (path, shape, shapes of all leaves by path) to the axes reduced; the shape
-        is at least that on all devices, the shapes are those on this one.
-      label: path to the label of its group, or None for groups within a leaf.
+      axes: (path, shape, shapes of all leaves by path) to the axes reduced, or None for
+        all axes; the shape is at least that on all devices, the shapes are those on
+        this one.
+      label: a leaf's place (its `number` in the tree and its `path`) to what leaves of
+        one group share, or None for groups within a leaf.
       sums: whether groups extend over the mesh axes that a leaf varies over; None if a
         leaf's type cannot say (units: which dimension is sharded is not in a type).
-      named: whether labels are names that per-leaf limits can refer to.
+      named: whether groups have names that limits can refer to: their labels, or the
+        paths of their leaves where labels are numbers.
       keeps_state: whether a group means the same at every step.
     """
 
-    axes: Callable[[str, Shape, Mapping[str, Shape]], tuple[int, ...]]
-    label: Callable[[str], str] | None
+    axes: AxesOf | None
+    label: Callable[[Place], Hashable] | None
     sums: bool | None = True
     named: bool = False
     keeps_state: bool = True
 
     @property
-    def is_elementwise(self) -> bool:
+    def elementwise(self) -> bool:
         """Whether every element is its own group."""
         return self.label is None and self.sums is False
-
-
-def _all_axes(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
-    return tuple(range(len(shape)))
-
-
-def own_path(path: str) -> str:
-    """The label of a leaf that is a group by itself."""
-    return path
 
 
 @public
 def whole() -> Grouping:
     """The whole tree is one group: the global norm.
 
+    Returns:
+      The grouping.
+
     >>> import jax.numpy as jnp, optclip
-    >>> tx = optclip.clip_by(optclip.thresholds.constant(1.0), grouping=whole())
+    >>> tx = optclip.clip_by(1.0, grouping=whole())
     >>> updates, _ = tx.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, None)
     >>> print(updates["a"], updates["b"])
     [0.6] [0.8]
     """
-    return Grouping(_all_axes, lambda path: "", named=False)
+    return Grouping(None, lambda leaf: "")
 
 
 @public
 def per_leaf() -> Grouping:
     """Each leaf is a group, named by its path.
 
+    Returns:
+      The grouping.
+
     >>> import jax.numpy as jnp, optclip
-    >>> tx = optclip.clip_by(optclip.thresholds.constant(1.0), grouping=per_leaf())
+    >>> tx = optclip.clip_by(1.0, grouping=per_leaf())
     >>> updates, _ = tx.update({"a": jnp.array([3.0]), "b": jnp.array([0.5])}, None)
     >>> print(updates["a"], updates["b"])
     [1.] [0.5]
     """
-    return Grouping(_all_axes, own_path, named=True)
+    return Grouping(None, lambda leaf: leaf.number, named=True)
 
 
 @public
-def per_label(labels: Callable[[str], str] | Any) -> Grouping:
+def per_label(labels: Callable[[str], str] | Tree) -> Grouping:
     """Leaves that share a label are one group, named by the label.
 
     Args:
       labels: a function from a "/"-joined path to a label, or a tree of labels that
         may be a prefix of the parameters, such as `{"encoder": "enc", "head": "head"}`.
+
+    Returns:
+      The grouping.
 
     Raises:
       ValueError: at init or update, if a tree of labels has none for some leaf, or a
@@ -101,25 +117,23 @@ def per_label(labels: Callable[[str], str] | Any) -> Grouping:
 
     >>> import jax.numpy as jnp, optclip
     >>> first_name = per_label(lambda path: path.split("/")[0])
-    >>> tx = optclip.clip_by(optclip.thresholds.constant(5.0), grouping=first_name)
+    >>> tx = optclip.clip_by(5.0, grouping=first_name)
     >>> grads = {"enc": {"a": jnp.array([6.0]), "b": jnp.array([8.0])}}
     >>> updates, _ = tx.update(grads, None)
     >>> print(updates["enc"]["a"], updates["enc"]["b"])
     [3.] [4.]
     """
-    if callable(labels):
-        lookup = labels
-    else:
-        lookup = paths.prefix_lookup("labels", labels)
+    lookup = labels if callable(labels) else paths.prefix_lookup("labels", labels)
 
-    def label(path: str) -> str:
-        name = lookup(path)
+    def label(leaf: Place) -> str:
+        name = lookup(leaf.path)
         if name is None:
-            raise error(f"labels must name every leaf, got None for "
-                             f"{path!r}.")  # fmt: skip
+            raise error(
+                f"labels must name every leaf, got None for {str(leaf.path)!r}."
+            )
         return str(name)
 
-    return Grouping(_all_axes, label, named=True)
+    return Grouping(None, label, named=True)
 
 
 @public
@@ -129,34 +143,36 @@ def per_example() -> Grouping:
     For gradients of single examples, shape (batch, *parameter.shape). Only thresholds
     without state go with it: example 3 of this batch is not example 3 of the next.
 
+    Returns:
+      The grouping.
+
     Raises:
-      ValueError: at init or update, if a leaf has no leading axis, leaves differ in it,
-        or the threshold has state.
+      ValueError: at update, if a leaf has no leading axis, is of integers, or leaves
+        differ in their leading axis; in `clip_by`, if the threshold has state.
 
     >>> import jax.numpy as jnp, optclip
-    >>> tx = optclip.clip_by(optclip.thresholds.constant(1.0), grouping=per_example())
+    >>> tx = optclip.clip_by(1.0, grouping=per_example())
     >>> updates, _ = tx.update(jnp.array([[3.0, 4.0], [0.3, 0.4]]), None)
     >>> print(updates)
     [[0.6 0.8]
      [0.3 0.4]]
     """
 
-    def axes(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+    def axes(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
         batches = {other[0] for other in shapes.values() if other}
         if not shape or len(batches) > 1:
             raise error(
-                f"leaves must share a leading batch axis, got shape "
-                f"{shape} at {path!r} and batch sizes {sorted(batches)}."
+                f"leaves must share a leading batch axis under per_example, got shape "
+                f"{shape} at {str(path)!r} and batch sizes {sorted(batches)}."
             )
         return tuple(range(1, len(shape)))
 
-    return Grouping(axes, lambda path: "", sums=False, keeps_state=False)
+    return Grouping(axes, lambda leaf: "", sums=False, keeps_state=False)
 
 
 @public
 def per_unit(
-    axes: int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]] | None = None,
-    stacked: bool | int | str | None = None,
+    axes: Axes | Mapping[str, Axes] | None = None, stacked: Stacked = None
 ) -> Grouping:
     """Each output unit of a parameter is a group: a column of a Dense kernel.
 
@@ -174,27 +190,28 @@ def per_unit(
         in the path for the leaves with one. A scan-stacked kernel without a bias, whose
         name says nothing, is otherwise read as a convolution.
 
+    Returns:
+      The grouping.
+
     Raises:
       ValueError: if axes are no integers; at init or update, if an axis is out of range
         for a leaf (the message names its path); inside `shard_map`, if a leaf varies
         over a mesh axis and `axis_name` does not say whether units do.
 
     >>> import jax.numpy as jnp, optclip
-    >>> tx = optclip.clip_by(optclip.thresholds.constant(1.0), grouping=per_unit())
+    >>> tx = optclip.clip_by(1.0, grouping=per_unit())
     >>> updates, _ = tx.update({"kernel": jnp.array([[3.0, 0.3], [4.0, 0.4]])}, None)
     >>> print(updates["kernel"])
     [[0.6 0.3]
      [0.8 0.4]]
     """
-
     for own in axes.values() if isinstance(axes, Mapping) else (axes,):
         checks.axes(axes=own)
 
-    def reduced(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Shape:
-        if isinstance(axes, Mapping):
-            chosen = paths.first_match(axes, path, None)
-        else:
-            chosen = axes
+    def reduced(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
+        chosen = (
+            paths.first_match(axes, path, None) if isinstance(axes, Mapping) else axes
+        )
         if chosen is not None:
             return in_range("axes", path, shapes[path], chosen)
         layout = layouts.layout(path, shapes, stacked=stack_of(stacked, path))
@@ -207,10 +224,13 @@ def per_unit(
 def per_element() -> Grouping:
     """Each number is a group.
 
-    The sizes are as large as the leaves, so `ClipMetrics` reports its counters only.
+    The sizes are as large as the leaves, so `ClipMetrics` has counters only.
+
+    Returns:
+      The grouping.
 
     >>> import jax.numpy as jnp, optclip
-    >>> tx = optclip.clip_by(optclip.thresholds.constant(1.0), grouping=per_element())
+    >>> tx = optclip.clip_by(1.0, grouping=per_element())
     >>> updates, _ = tx.update(jnp.array([-3.0, 0.5]), None)
     >>> print(updates)
     [-1.   0.5]
@@ -218,21 +238,21 @@ def per_element() -> Grouping:
     return Grouping(lambda path, shape, shapes: (), None, sums=False)
 
 
-def stack_of(stacked: bool | int | str | None, path: str) -> int | None:
+def stack_of(stacked: Stacked, path: str) -> int | None:
     """How many leading axes of a leaf count independent layers; None to find out."""
     if isinstance(stacked, str):
         return 1 if re.search(stacked, path) else None
     return None if stacked is None else int(stacked)
 
 
-def in_range(name: str, path: str, shape: Shape, axes: int | tuple[int, ...]) -> Shape:
+def in_range(name: str, path: str, shape: Shape, axes: Axes) -> tuple[int, ...]:
     """The axes as sorted non-negative numbers; raises if a leaf lacks one."""
     axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
     rank = len(shape)
     for axis in axes:
         if not -rank <= axis < rank:
             raise error(
-                f"{name} must exist in every leaf, got {axis} for {path!r} of "
+                f"{name} must exist in every leaf, got {axis} for {str(path)!r} of "
                 f"shape {shape}."
             )
     return tuple(sorted({axis % rank for axis in axes}))

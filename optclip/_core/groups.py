@@ -1,8 +1,8 @@
-"""From leaves to blocks of groups, and back.
+"""From leaves to groups, from groups to blocks, and back.
 
-    leaves --gather---> who belongs to which group, over which axes
-    sizes  --stacked--> one array a block: what a threshold sees
-           --spread---> leaves, scaled to their groups' target sizes
+    tree ──gather──▶ leaves, and which of them belong to which group, over which axes
+    sizes of groups ──by_block──▶ what a threshold sees ──by_group──▶ one array a group
+    leaves ──rescaled──▶ the tree, every group scaled to its target size
 
 A joint grouping has one block, the vector of its groups; a grouping within leaves has
 one block a leaf, with reduced axes kept at size 1. Sizes stay apart, one array a group,
@@ -10,174 +10,240 @@ because slicing them out of a vector gives every leaf's kernel its own offset, a
 XLA:CPU compiles equal kernels once but these each anew.
 """
 
+from __future__ import annotations
+
+import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from optclip._core import meshes, numerics, paths
 from optclip._core.groupings import Grouping
 from optclip._core.public import error
+from optclip._core.types import Shape, Shapes, Tree
+
+Arrays = list[jax.Array]
 
 
 class Member(NamedTuple):
-    """A measured leaf: its place in the tree and its part in its group."""
+    """A leaf's part in its group."""
 
-    index: int
-    path: str
-    leaf: jax.Array
+    index: int  # among the measured leaves
     axes: tuple[int, ...]  # reduced
-    mesh: tuple[Hashable, ...]  # summed over
+    mesh: meshes.MeshAxes  # summed over
 
 
 class Group(NamedTuple):
-    """The leaves measured together, and how many elements they have on all devices."""
+    """The leaves measured together.
 
-    label: str  # a leaf's path where groups lie within leaves
+    Attributes:
+      members: their parts in it.
+      count: how many elements they have on all devices.
+      shape: of its sizes: the axes that are not reduced, or, for groups within a leaf,
+        the leaf's shape with 1 for those that are.
+    """
+
     members: tuple[Member, ...]
     count: int
+    shape: Shape
 
 
-class Gathered(NamedTuple):
-    """A tree, seen as blocks of groups."""
+class Groups(NamedTuple):
+    """How a tree falls into groups. It holds no array and can be hashed.
 
-    leaves: list[Any]
-    treedef: Any
-    groups: list[Group]
-    names: tuple[str, ...] | None  # of the groups, where users can refer to them
+    Attributes:
+      groups: the groups, in the order of their first leaves.
+      places: the numbers of the measured leaves among all leaves of the tree.
+      names: the groups' names, where limits can refer to them.
+      partial: in that case, whether leaves are masked or not measured.
+      joint: whether all groups form one block.
+      dtype: that of sizes: float32, or float64 if there are float64 leaves.
+    """
+
+    groups: tuple[Group, ...]
+    places: tuple[int, ...]
+    names: tuple[str, ...] | None
+    partial: bool
     joint: bool
-    wide: Any  # the dtype of sizes
+    dtype: np.dtype
+
+    def block_shapes(self) -> list[Shape]:
+        """The shape of every block. At least one joint group exists."""
+        shapes = [group.shape for group in self.groups]
+        if not self.joint:
+            return shapes
+        return [(max(len(shapes), 1), *(shapes[0] if shapes else ()))]
 
 
-def gather(tree: Any, grouping: Grouping, axis_name: Any) -> Gathered:
-    """Decides which leaves are measured, over which axes, with which others."""
-    leaves, treedef = jax.tree_util.tree_flatten(tree)
-    named = [
-        (index, path, jnp.asarray(value))
-        for index, (path, value) in enumerate(paths.leaves(tree))
+class _Leaf(NamedTuple):
+    """A measured leaf, whose path is spelled only if somebody asks."""
+
+    number: int  # among all leaves of the tree
+    value: jax.Array
+    spelled: Callable[[], list[paths.Path]]
+
+    @property
+    def path(self) -> paths.Path:
+        return self.spelled()[self.number]
+
+
+def gather(
+    tree: Tree, grouping: Grouping, mesh_axes: meshes.AxesOf
+) -> tuple[Groups, Arrays]:
+    """How the tree falls into groups, and its measured leaves.
+
+    Args:
+      tree: of arrays, or of `jax.ShapeDtypeStruct`s.
+      grouping: which elements belong together.
+      mesh_axes: from `meshes.axes_of`, the axes that users give a leaf.
+    """
+    spelled = functools.cache(functools.partial(paths.spelled, tree))
+    leaves = [
+        _Leaf(number, _as_array(value), spelled)
+        for number, value in enumerate(jax.tree_util.tree_leaves(tree))
         if numerics.is_measured(value)
     ]
-    shapes = {path: leaf.shape for _, path, leaf in named}
-    given_axes = meshes.axes_of(axis_name)
+    shapes: Shapes = {}
+    if grouping.axes is not None:
+        shapes = {leaf.path: leaf.value.shape for leaf in leaves}
+    joint = grouping.label is not None
 
-    by_label: dict[str, list[Member]] = {}
-    for index, path, leaf in named:
-        mesh = mesh_axes(grouping, path, leaf, given_axes(path))
-        axes = grouping.axes(path, on_all_devices(leaf.shape, mesh), shapes)
-        label = path if grouping.label is None else grouping.label(path)
-        by_label.setdefault(label, []).append(Member(index, path, leaf, axes, mesh))
+    members: dict[Hashable, list[Member]] = {}
+    for index, leaf in enumerate(leaves):
+        mesh = mesh_axes_of(grouping, leaf, mesh_axes)
+        axes = tuple(range(leaf.value.ndim))
+        if grouping.axes is not None:
+            shape = on_all_devices(leaf.value.shape, mesh)
+            axes = grouping.axes(leaf.path, shape, shapes)
+        label = index if grouping.label is None else grouping.label(leaf)
+        members.setdefault(label, []).append(Member(index, axes, mesh))
 
-    groups = [
-        Group(label, tuple(members), _count(members))
-        for label, members in by_label.items()
-    ]
-    return Gathered(
-        leaves=leaves,
-        treedef=treedef,
-        groups=groups,
-        names=tuple(by_label) if grouping.named else None,
-        joint=grouping.label is not None,
-        wide=numerics.wide_dtype(*[leaf.dtype for _, _, leaf in named]),
+    groups = []
+    for own in members.values():
+        first = leaves[own[0].index].value.shape
+        kept = [size for axis, size in enumerate(first) if axis not in own[0].axes]
+        if not joint:
+            kept = [1 if n in own[0].axes else size for n, size in enumerate(first)]
+        count = sum(
+            math.prod(leaves[index].value.shape[axis] for axis in axes)
+            * (meshes.axis_size(mesh) if mesh else 1)
+            for index, axes, mesh in own
+        )
+        groups.append(Group(tuple(own), count, tuple(kept)))
+
+    values = [leaf.value for leaf in leaves]
+    known = Groups(
+        groups=tuple(groups),
+        places=tuple(leaf.number for leaf in leaves),
+        names=None,
+        partial=False,
+        joint=joint,
+        dtype=numerics.wide_dtype(*[value.dtype for value in values]),
     )
+    return _named(known, tree, leaves, members) if grouping.named else known, values
 
 
-def mesh_axes(
-    grouping: Grouping, path: str, leaf: jax.Array, given: Any
-) -> tuple[Hashable, ...]:
-    """The mesh axes that groups of a leaf extend over; `given` by the user, or None."""
+def _as_array(leaf: Any) -> jax.Array:
+    """The leaf as an array; an abstract one, at `init`, stays what it is."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def _named(
+    groups: Groups,
+    tree: Tree,
+    leaves: list[_Leaf],
+    members: dict[Hashable, list[Member]],
+) -> Groups:
+    """The same with names: labels, or the path of the leaf where labels are numbers."""
+    names = tuple(
+        label if isinstance(label, str) else leaves[own[0].index].path
+        for label, own in members.items()
+    )
+    everything = jax.tree_util.tree_leaves(
+        tree, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode)
+    )
+    return groups._replace(names=names, partial=len(leaves) < len(everything))
+
+
+def mesh_axes_of(
+    grouping: Grouping, leaf: paths.Leaf | _Leaf, mesh_axes: meshes.AxesOf
+) -> meshes.MeshAxes:
+    """The mesh axes that groups of a leaf extend over."""
     if grouping.sums is False:
         return ()
-    if given is not None:
-        return given
-    varying = meshes.varying_axes(leaf)
+    axes = mesh_axes(leaf)
+    if axes is not None:
+        return axes
+    varying = meshes.varying_axes(leaf.value)
     if varying and grouping.sums is None:
         raise error(
-            f"axis_name must say which mesh axes a unit extends over, got None "
-            f"for {path!r}, which varies over {varying}; () means that units are whole."
+            f"axis_name must say which mesh axes a unit extends over, got None for "
+            f"{str(leaf.path)!r}, which varies over {varying}; () means that units are "
+            "whole."
         )
     return varying
 
 
-def on_all_devices(
-    shape: tuple[int, ...], mesh: tuple[Hashable, ...]
-) -> tuple[int, ...]:
+def on_all_devices(shape: Shape, mesh: meshes.MeshAxes) -> Shape:
     """An upper bound of a shape on the mesh: no type says which dimension is split.
 
     What matters is that a row on each of eight devices is no vector.
     """
-    return tuple(size * meshes.axis_size(mesh) for size in shape)
+    return tuple(size * meshes.axis_size(mesh) for size in shape) if mesh else shape
 
 
-def _count(members: list[Member]) -> int:
-    return sum(
-        math.prod(m.leaf.shape[axis] for axis in m.axes) * meshes.axis_size(m.mesh)
-        for m in members
-    )
-
-
-def block_shapes(gathered: Gathered) -> list[tuple[int, ...]]:
-    """The shape of every block, without measuring. At least one joint group exists."""
-    if not gathered.joint:
-        return [_kept_shape(group.members[0]) for group in gathered.groups]
-    kept = gathered.groups[0].members[0] if gathered.groups else None
-    rest = tuple(
-        size
-        for axis, size in enumerate(kept.leaf.shape if kept else ())
-        if axis not in (kept.axes if kept else ())
-    )
-    return [(max(len(gathered.groups), 1), *rest)]
-
-
-def _kept_shape(member: Member) -> tuple[int, ...]:
-    return tuple(
-        1 if axis in member.axes else size
-        for axis, size in enumerate(member.leaf.shape)
-    )
-
-
-def stacked(gathered: Gathered, by_group: list[jax.Array]) -> list[jax.Array]:
+def by_block(groups: Groups, of_groups: Arrays) -> Arrays:
     """One array a block, from one array a group."""
-    if not gathered.joint:
-        return by_group
-    return [jnp.stack(by_group)] if by_group else [jnp.zeros((1,), gathered.wide)]
+    if not groups.joint:
+        return of_groups
+    return [jnp.stack(of_groups) if of_groups else jnp.zeros((1,), groups.dtype)]
 
 
-def unstacked(gathered: Gathered, by_block: list[jax.Array]) -> list[jax.Array]:
+def by_group(groups: Groups, of_blocks: Arrays) -> Arrays:
     """One array a group, from one array a block; a scalar serves every group.
 
-    The inverse of `stacked`, to be used once and on one vector: each slice gives the
+    The inverse of `by_block`, to be used once and on one vector: each slice gives the
     kernel that reads it another offset, and XLA:CPU compiles equal kernels once.
     """
-    if not gathered.joint:
-        return by_block
-    (vector,) = by_block
+    if not groups.joint:
+        return of_blocks
+    (vector,) = of_blocks
     if vector.ndim == 0:
-        return [vector] * len(gathered.groups)
+        return [vector] * len(groups.groups)
     return [
         jax.lax.index_in_dim(vector, number, keepdims=False)
-        for number in range(len(gathered.groups))
+        for number in range(len(groups.groups))
     ]
 
 
-def spread(gathered: Gathered, sizes: list[jax.Array], targets: list[jax.Array]) -> Any:
+def rescaled(
+    groups: Groups,
+    tree: Tree,
+    leaves: Arrays,
+    sizes: Arrays,
+    targets: Arrays,
+) -> Tree:
     """The tree, every group scaled from its size to its target size."""
-    leaves = list(gathered.leaves)
-    for group, size, target in zip(gathered.groups, sizes, targets, strict=True):
-        if not gathered.joint and not group.members[0].axes:  # a group is one element
+    flat, treedef = jax.tree_util.tree_flatten(tree)
+    for group, size, target in zip(groups.groups, sizes, targets, strict=True):
+        if not groups.joint and not group.members[0].axes:  # a group is one element
             (only,) = group.members
-            leaves[only.index] = numerics.resized(only.leaf, size, target)
+            leaf = numerics.resized(leaves[only.index], size, target)
+            flat[groups.places[only.index]] = leaf
             continue
         ratio = numerics.factor(size, target)
         for member in group.members:
-            own = aligned(ratio, member)
-            leaves[member.index] = numerics.scale_by(member.leaf, own)
-    return jax.tree_util.tree_unflatten(gathered.treedef, leaves)
+            leaf = leaves[member.index]
+            own = ratio if ratio.ndim in (0, leaf.ndim) else aligned(ratio, leaf)
+            flat[groups.places[member.index]] = numerics.scale_by(leaf, own)
+    return jax.tree_util.tree_unflatten(treedef, flat)
 
 
-def aligned(value: jax.Array, member: Member) -> jax.Array:
+def aligned(value: jax.Array, leaf: jax.Array) -> jax.Array:
     """Appends axes of size 1, so that a group's numbers broadcast against a leaf."""
-    if value.ndim in (0, member.leaf.ndim):
-        return value
-    return value.reshape(value.shape + (1,) * (member.leaf.ndim - value.ndim))
+    return value.reshape(value.shape + (1,) * (leaf.ndim - value.ndim))

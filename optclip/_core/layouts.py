@@ -3,24 +3,28 @@
 Clipping units, Keras' constraint axes and an initializer's fans are one question: a
 kernel adds its *inputs* (over the *window* of a convolution) into each of its
 *outputs*, and there may be a *stack* of independent copies: scan-stacked layers or an
-ensemble. A unit's norm is taken over all but stack and outputs, so that one bad layer
-never shrinks its neighbours.
+ensemble. The norm of a unit is taken over all axes but stack and outputs, so that one
+bad layer never shrinks its neighbours.
 
 A form spells the answer with one letter per axis: `s`tack, `w`indow, `i`nput,
-`o`utput. A letter before `*` repeats as often as the rank needs, none included, and
-axes left over in front are stack. A Dense kernel is `io`, a convolution `w*io`,
-attention's query `ioo` and its output `iio`, an embedding `oi` (one unit per row).
+`o`utput. A letter before `*` repeats as often as the rank needs, possibly zero times,
+and axes left over in front are stack. A Dense kernel is `io`, a convolution `w*io`,
+attention's query `ioo` and its output `iio`, an embedding `oi` (one unit per row). A
+number behind a slash says how many separate kernels share the outputs: `w*io/8` is a
+convolution with 8 groups.
 
-The evidence, in this order: a rule of the user's; the module's type, where known; the
-name; the sibling bias, whose shape must be stack plus outputs (a kernel (6, 256, 256)
-is a stack with the bias (6, 256), a convolution with (256,), a query with (256, 256));
-the rank. A name that contradicts the bias is passed over. Where shapes alone leave a
-choice (all sizes equal), a stack is preferred to several output axes: it is far
-likelier, and it keeps layers apart. Without name and bias, rank 2 is `io` and higher
-ranks are convolutions: say `stacked` or give a rule where that is wrong. A bias or
-scale has no outputs, it is one unit per layer, and takes its stack from the kernel;
-alone, all but its last axis are stack.
+A layout is found from, in this order: a form that the user gives; the type of the
+module, where known; the name; the shape of the bias beside it, which must be stack plus
+outputs (a kernel (6, 256, 256) is a stack with the bias (6, 256), a convolution with
+(256,), a query with (256, 256)); the rank. A name that contradicts the bias is passed
+over. Where shapes alone leave a choice (all sizes equal), a stack is preferred to
+several output axes: it is far likelier, and it keeps layers apart. Without name and
+bias, rank 2 is `io` and higher ranks are convolutions: say `stacked` or give a form
+where that is wrong. A bias or scale has no outputs: it is one unit per layer, and takes
+its stack from the kernel; without one, all but its last axis are stack.
 """
+
+from __future__ import annotations
 
 import functools
 import math
@@ -28,19 +32,26 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from optclip._core import paths
 from optclip._core.public import error
-
-Shape = tuple[int, ...]
+from optclip._core.types import Shape, Shapes
 
 
 class Layout(NamedTuple):
-    """The axes of a parameter by role: each ascending, together all axes."""
+    """The axes of a parameter by role: each ascending, together all axes.
+
+    Attributes:
+      stack: axes that count independent copies, such as scanned layers.
+      window: axes of a convolution's window.
+      inputs: axes that one output sums over.
+      outputs: axes of the outputs; none for a bias or scale.
+      parts: how many separate kernels share the outputs: groups, or a cell's gates.
+    """
 
     stack: tuple[int, ...]
     window: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    parts: int = 1
 
     def unit_axes(self, shape: Shape) -> tuple[int, ...]:
         """The axes over which one unit's norm is taken.
@@ -50,7 +61,8 @@ class Layout(NamedTuple):
         """
         one_layer = {*self.window, *self.inputs, *self.outputs}
         if sum(shape[axis] > 1 for axis in one_layer) <= 1:
-            return tuple(sorted(one_layer))  # a vector in disguise, as in AGC's code
+            # A kernel of shape (1, n) or (n, 1) is one unit, as in AGC's own code.
+            return tuple(sorted(one_layer))
         return tuple(sorted(one_layer.difference(self.outputs)))
 
     def fans(self, shape: Shape) -> tuple[int, int]:
@@ -59,17 +71,18 @@ class Layout(NamedTuple):
         >>> layout("kernel", {"kernel": (3, 3, 16, 32)}).fans((3, 3, 16, 32))
         (144, 288)
         """
-        window = math.prod(shape[axis] for axis in self.window)
-        inputs = math.prod(shape[axis] for axis in self.inputs)
-        outputs = math.prod(shape[axis] for axis in self.outputs)
-        return window * inputs, window * outputs
+        window, inputs, outputs = (
+            math.prod(shape[axis] for axis in axes)
+            for axes in (self.window, self.inputs, self.outputs)
+        )
+        return window * inputs, window * outputs // self.parts
 
 
 def layout(
     path: str,
-    shapes: Mapping[str, Shape],
+    shapes: Shapes,
     *,
-    rules: Mapping[str, str] | None = None,
+    forms: Mapping[str, str] | None = None,
     module: str | None = None,
     stacked: int | None = None,
 ) -> Layout:
@@ -79,24 +92,40 @@ def layout(
       path: its "/"-joined path.
       shapes: the shapes of all parameters by path; only those of this one and of its
         siblings (a kernel's bias, a bias's kernel) are read.
-      rules: regular expressions to forms; the first one found in the path decides.
+      forms: the letters of the axes of some kernels, by path.
       module: the name of the type that holds the parameter, such as "Linear".
       stacked: how many leading axes are stack (True is 1), None to find out.
 
+    Returns:
+      The axes by role, as indices into the parameter's shape.
+
     Raises:
-      ValueError: if a rule is no form or does not fit the parameter's rank.
+      ValueError: if a form has other letters or does not fit the parameter's rank.
 
     >>> layout("mlp/kernel", {"mlp/kernel": (6, 256, 512), "mlp/bias": (6, 512)})
-    Layout(stack=(0,), window=(), inputs=(1,), outputs=(2,))
-    >>> layout("q/w", {"q/w": (8, 512, 64)}, rules={"q/w$": "oio"}).outputs
+    Layout(stack=(0,), window=(), inputs=(1,), outputs=(2,), parts=1)
+    >>> layout("q/w", {"q/w": (8, 512, 64)}, forms={"q/w": "oio"}).outputs
     (0, 2)
     """
-    word = _spell(path, shapes, rules or {}, module, stacked)
-    stack, window, inputs, outputs = (
+    forms = forms or {}
+    word = _word(path, shapes, forms, module, stacked)
+    axes = (
         tuple(axis for axis, letter in enumerate(word) if letter == role)
         for role in "swio"
     )
-    return Layout(stack, window, inputs, outputs)
+    return Layout(*axes, parts=split_form(forms[path])[1] if path in forms else 1)
+
+
+def split_form(form: str) -> tuple[str, int]:
+    """The letters of a form, and its number of parts.
+
+    >>> split_form("w*io/8"), split_form("io")
+    (('w*io', 8), ('io', 1))
+    """
+    letters, slash, count = form.partition("/")
+    if slash and not (count.isdecimal() and int(count) > 0):
+        raise error(f"layouts must end in a number of parts, if in '/', got {form!r}.")
+    return letters, int(count or 1)
 
 
 # What a type says, read off the module's type or the name that Flax derives from it.
@@ -134,62 +163,55 @@ _SIBLINGS = {
 }
 
 
-def _spell(
+def _word(
     path: str,
-    shapes: Mapping[str, Shape],
-    rules: Mapping[str, str],
+    shapes: Shapes,
+    forms: Mapping[str, str],
     module: str | None,
     stacked: int | None,
 ) -> str:
-    """One letter per axis."""
-    shape, rank, name = shapes[path], len(shapes[path]), path.rpartition("/")[2]
-    sibling = _sibling(path, shapes)
-    rule = paths.first_match(rules, path, None)
-    if rule is not None:
-        return _agreeing([_from_rule(rule, path, shape, stacked)], shape, sibling)
-    like_norm = sibling is not None and len(sibling.shape) == rank
+    """The form written out: one letter per axis."""
+    shape, rank, (holder, slash, name) = (
+        shapes[path],
+        len(shapes[path]),
+        path.rpartition("/"),
+    )
+    kin = (f"{holder}{slash}{other}" for other in _SIBLINGS.get(name, ()))
+    sibling = next((other for other in kin if other in shapes), None)
+    beside = None if sibling is None else shapes[sibling]
+    if path in forms:
+        return _agreeing([_of_form(path, shape, forms[path], stacked)], shape, beside)
+    like_norm = beside is not None and len(beside) == rank
     if name in _VECTORS or like_norm or rank - (stacked or 0) < 2:
         count = rank - 1
         if stacked is not None:
             count = min(stacked, rank)
-        elif sibling is not None and len(sibling.shape) > rank:
-            kernel = _spell(sibling.path, shapes, rules, module, None)
+        elif sibling is not None and len(shapes[sibling]) > rank:
+            kernel = _word(sibling, shapes, forms, module, None)
             count = min(kernel.count("s"), rank - 1)
         return ("s" * count).ljust(rank, "i")
     texts = ((_TYPES, f"{module}/{name}"), (_TYPES, path), (_NAMES, path))
-    forms = [
+    found = [
         form
         for table, text in texts
         for pattern, form in table.items()
         if re.search(pattern, text)
     ]
-    words = [_expand(form, rank, stacked) for form in (*forms, *_BY_SHAPE)]
-    return _agreeing(words, shape, sibling)
+    words = [_expand(form, rank, stacked) for form in (*found, *_BY_SHAPE)]
+    return _agreeing(words, shape, beside)
 
 
-class _Sibling(NamedTuple):
-    path: str
-    shape: Shape
-
-
-def _sibling(path: str, shapes: Mapping[str, Shape]) -> _Sibling | None:
-    name = path.rpartition("/")[2]
-    for other in _SIBLINGS.get(name, ()):
-        other_path = path.removesuffix(name) + other
-        if other_path in shapes:
-            return _Sibling(other_path, shapes[other_path])
-    return None
-
-
-def _from_rule(
-    rule: str, path: str, shape: Shape, stacked: int | None
+def _of_form(
+    path: str, shape: Shape, form: str, stacked: int | None
 ) -> tuple[str, ...]:
-    # A rule that spells the stack itself needs no word from `stacked`.
-    words = _expand(rule, len(shape), None if "s" in rule else stacked)
-    if not re.fullmatch(r"([swio]\*?)+", rule) or not words:
+    """What a form that the user gave can mean for a shape."""
+    letters, _ = split_form(form)
+    # A form that spells the stack itself says more than `stacked`.
+    words = _expand(letters, len(shape), None if "s" in letters else stacked)
+    if not re.fullmatch(r"([swio]\*?)+", letters) or not words:
         raise error(
-            f"a rule must spell the axes of {path!r}, of shape {shape}, with "
-            f"the letters s, w, i, o and *, got {rule!r}."
+            f"layouts must spell the axes of {path!r}, of shape {shape}, with "
+            f"the letters s, w, i, o and *, got {form!r}."
         )
     return words
 
@@ -197,25 +219,24 @@ def _from_rule(
 @functools.cache
 def _expand(form: str, rank: int, stacked: int | None) -> tuple[str, ...]:
     """What a form can mean at a rank, the smallest stack first."""
-    fixed = len(re.sub(r".\*", "", form))
-
-    def word(count: int) -> str:
+    fixed, words = len(re.sub(r".\*", "", form)), []
+    for count in range(rank + 1) if stacked is None else (stacked,):
         spare = rank - count - fixed
-        return "s" * count + re.sub(r"(.)\*", lambda found: found[1] * spare, form)
+        word = "s" * count + re.sub(r"(.)\*", r"\1" * spare, form)
+        if len(word) == rank:
+            words.append(word)
+    return tuple(words)
 
-    counts = range(rank + 1) if stacked is None else (stacked,)
-    return tuple(word(count) for count in counts if len(word(count)) == rank)
 
-
-def _agreeing(words: list[tuple[str, ...]], shape: Shape, bias: _Sibling | None) -> str:
+def _agreeing(words: list[tuple[str, ...]], shape: Shape, bias: Shape | None) -> str:
     """The first word whose stack and outputs are the bias's shape, else the first."""
     if bias is not None:
         # A channels-first convolution's bias is (out, 1, 1), ready to broadcast.
-        trimmed = bias.shape
+        trimmed = bias
         while trimmed and trimmed[-1] == 1:
             trimmed = trimmed[:-1]
         for alternatives in words:
-            for expected in (bias.shape, trimmed):
+            for expected in (bias, trimmed):
                 for word in alternatives:
                     kept = zip(word, shape, strict=True)
                     if tuple(n for letter, n in kept if letter in "so") == expected:

@@ -10,56 +10,77 @@ Maxima need care under `jit` as well: an all-reduce of them may forget the NaN o
 device (XLA:CPU's does, and NCCL's is free to), which a sum beside them remembers.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from optclip._core import paths
+from optclip._core.public import error
+from optclip._core.types import AxisName
 
-AxisName = Any  # None, (), a name, a tuple of names, or a prefix tree of these
+
+class HasPath(Protocol):
+    """Anything with the path of a leaf."""
+
+    @property
+    def path(self) -> str: ...
 
 
-def varying_axes(x: Any) -> tuple[Hashable, ...]:
+MeshAxes = tuple[Hashable, ...]
+AxesOf = Callable[[HasPath], MeshAxes | None]
+
+
+def varying_axes(x: Any) -> MeshAxes:
     """The manual mesh axes over which a value varies, by its type."""
-    aval = jax.typeof(x)
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     # The set moved from `vma` to `manual_axis_type.varying` after jax 0.8.
     manual = getattr(aval, "manual_axis_type", None)
-    axes = manual.varying if manual is not None else getattr(aval, "vma", ())
+    axes = manual.varying if manual is not None else getattr(aval, "vma", None) or ()
     return tuple(sorted(axes, key=str))
 
 
-def axes_of(axis_name: AxisName) -> Callable[[str], Any]:
-    """path -> the axes that `axis_name` gives that leaf; None means: read its type."""
+def axes_of(axis_name: AxisName) -> AxesOf:
+    """Leaf -> the axes that `axis_name` gives it; None means: read its type."""
     if axis_name is None or _is_axes(axis_name):
         axes = _tuple(axis_name)
-        return lambda path: axes
+        return lambda leaf: axes
     lookup = paths.prefix_lookup("axis_name", axis_name, is_leaf=_is_axes)
-    return lambda path: _tuple(lookup(path))
+    return lambda leaf: _tuple(lookup(leaf.path))
 
 
-def bound(axis_name: AxisName) -> AxisName:
-    """The same, or () where the names mean nothing: `init` often runs outside."""
+def bound(axis_name: AxisName) -> bool:
+    """Whether the names mean something here: `init` often runs outside."""
     try:
-        axis_size(tuple(jax.tree.leaves(axis_name)))
-    except NameError:
-        return ()
-    return axis_name
+        axis_size(tuple(jax.tree_util.tree_leaves(axis_name)))
+    except ValueError:
+        return False
+    return True
 
 
-def axis_size(axes: tuple[Hashable, ...]) -> int:
+def axis_size(axes: MeshAxes) -> int:
     """How many devices these axes span together."""
-    return int(jax.lax.psum(1, axes)) if axes else 1
+    if not axes:
+        return 1
+    try:
+        return int(jax.lax.psum(1, axes))
+    except NameError:
+        raise error(
+            f"axis_name must name axes of the shard_map or pmap around the update, got "
+            f"{', '.join(map(repr, axes))}."
+        ) from None
 
 
-def anywhere(flag: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+def anywhere(flag: jax.Array, axes: MeshAxes) -> jax.Array:
     """Whether a flag is set on any device along these axes."""
     return jax.lax.psum(flag.astype(jnp.int32), axes) > 0 if axes else flag
 
 
-def from_all(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+def from_all(x: jax.Array, axes: MeshAxes) -> jax.Array:
     """The values of all devices along a new leading axis, the same on each of them.
 
     A sum in which each device fills its own row, because an all_gather's type says that
@@ -76,7 +97,7 @@ def remembering(largest: jax.Array, total: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def largest_across(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+def largest_across(x: jax.Array, axes: MeshAxes) -> jax.Array:
     """The maximum of non-negative numbers over mesh axes, NaN if any is NaN."""
     # As integers these have the same order, and every NaN is at the top.
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
@@ -84,7 +105,7 @@ def largest_across(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
 
 
 @largest_across.defjvp
-def _largest_across_jvp(axes: tuple[Hashable, ...], primals: Any, tangents: Any) -> Any:
+def _largest_across_jvp(axes: MeshAxes, primals: Any, tangents: Any) -> Any:
     # JAX has no derivative of pmax. Devices that share the maximum share its tangent.
     (x,), (d_x,) = primals, tangents
     top = largest_across(x, axes)
@@ -99,7 +120,7 @@ def _is_axes(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _tuple(axes: Any) -> tuple[Hashable, ...] | None:
+def _tuple(axes: AxisName) -> MeshAxes | None:
     if axes is None or isinstance(axes, tuple):
         return axes
-    return tuple(axes) if isinstance(axes, list) else (axes,)
+    return (axes,) if isinstance(axes, str) else tuple(axes)

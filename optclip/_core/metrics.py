@@ -1,20 +1,20 @@
-"""What a clip saw, as scalars in its state, and how to read them anywhere.
+"""The numbers that a clip keeps in its state: what it saw, as scalars.
 
-The numbers are those that the clip itself used, so they cost nothing: the size before
-clipping and the limit of the group furthest over its limit, the share of groups that
-were clipped, and three counters. Each block is reduced to scalars before blocks meet.
+They are those that the clip itself used, so they cost nothing: the size before clipping
+and the limit of the group furthest over its limit, the share of groups that were
+clipped, and three counters. Each block is reduced to scalars before blocks meet.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip._core import meshes, numerics, paths
-from optclip._core.groupings import Grouping
-from optclip._core.public import public
+from optclip._core import meshes, numerics
 
 
 class ClipMetrics(NamedTuple):
@@ -22,18 +22,23 @@ class ClipMetrics(NamedTuple):
 
     Attributes:
       size: before clipping, of the group furthest over its limit (largest size/limit).
-        float32, or float64 if there are float64 leaves. NaN for `per_element`.
-      limit: of that group; infinity for no limit. NaN for `per_element`.
-      clipped_fraction: of the groups, in [0, 1], at this step. NaN for `per_element`.
-      steps: how many updates there were, int32.
+        float32, or float64 if there are float64 leaves; None under `per_element`. Right
+        to the smallest normal number for a single group. Of several, a size whose
+        squares vanish counts as 0 unless its limit is as small: below 3e-10 in float32
+        for the Euclidean norm.
+      limit: of that group; the largest finite number where nothing is limited at this
+        step, None for a rule that never limits and under `per_element`.
+      clipped_fraction: of the groups, in [0, 1], at this step; None under `per_element`.
+      steps: how many updates there were, int32; 0 before the first, when size and limit
+        are 0 too.
       clipped_steps: how many of them clipped at least one group, int32. (Under
         `per_element` a step with a NaN does not count: its largest element is NaN.)
       nonfinite_steps: how many had a group with NaN, infinity or an overflowing size.
     """
 
-    size: jax.Array
-    limit: jax.Array
-    clipped_fraction: jax.Array
+    size: jax.Array | None
+    limit: jax.Array | None
+    clipped_fraction: jax.Array | None
     steps: jax.Array
     clipped_steps: jax.Array
     nonfinite_steps: jax.Array
@@ -51,6 +56,49 @@ class SkipMetrics(NamedTuple):
     consecutive_skips: jax.Array
 
 
+def start(dtype: np.dtype, elementwise: bool, limited: bool) -> ClipMetrics:
+    """The metrics before the first step; every leaf its own buffer."""
+    return ClipMetrics(
+        size=None if elementwise else jnp.zeros((), dtype),
+        limit=jnp.zeros((), dtype) if limited and not elementwise else None,
+        clipped_fraction=None if elementwise else jnp.zeros((), jnp.float32),
+        steps=jnp.zeros((), jnp.int32),
+        clipped_steps=jnp.zeros((), jnp.int32),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def after(
+    old: ClipMetrics, sizes: list[jax.Array], limits: list[jax.Array]
+) -> ClipMetrics:
+    """The metrics after a step with these sizes and limits, one array a block."""
+    steps = jnp.asarray(optax.safe_increment(old.steps))
+    summarise = _counts if old.size is None else _summary
+    by_axes: dict[meshes.MeshAxes, list[_Summary]] = {}
+    for size, limit in zip(sizes, limits, strict=True):
+        block = summarise(size, limit)
+        by_axes.setdefault(meshes.varying_axes(block.clipped), []).append(block)
+    if not by_axes:
+        return old._replace(steps=steps)
+
+    met = [
+        own[0] if len(own) == 1 and not axes else _together(own, axes)
+        for axes, own in by_axes.items()
+    ]
+    overall = met[0] if len(met) == 1 else _together(met, ())
+    counted = old._replace(
+        steps=steps,
+        clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
+        nonfinite_steps=_count(old.nonfinite_steps, overall.nonfinite > 0),
+    )
+    if old.size is None or old.clipped_fraction is None:
+        return counted
+    size = jnp.where(overall.nan > 0, jnp.nan, overall.size).astype(old.size.dtype)
+    fraction = (overall.clipped / overall.count).astype(old.clipped_fraction.dtype)
+    limit = None if old.limit is None else overall.limit.astype(old.limit.dtype)
+    return counted._replace(size=size, limit=limit, clipped_fraction=fraction)
+
+
 class _Summary(NamedTuple):
     """One or more blocks, as scalars; of one dtype, because XLA:CPU reduces no others.
 
@@ -64,52 +112,6 @@ class _Summary(NamedTuple):
     nonfinite: jax.Array
     nan: jax.Array  # what a comparison of sizes would not see
     count: jax.Array
-
-
-def start(wide: Any) -> ClipMetrics:
-    """The metrics before the first step; every leaf its own buffer."""
-    return ClipMetrics(
-        size=jnp.zeros((), wide),
-        limit=jnp.zeros((), wide),
-        clipped_fraction=jnp.zeros((), jnp.float32),
-        steps=jnp.zeros((), jnp.int32),
-        clipped_steps=jnp.zeros((), jnp.int32),
-        nonfinite_steps=jnp.zeros((), jnp.int32),
-    )
-
-
-def after(
-    old: ClipMetrics,
-    sizes: list[Any],
-    limits: list[Any],
-    grouping: Grouping,
-) -> ClipMetrics:
-    """The metrics after a step that saw these sizes and limits."""
-    elementwise = grouping.is_elementwise
-    wide = old.size.dtype
-    by_axes: dict[tuple[Any, ...], list[_Summary]] = {}
-    for size, limit in zip(sizes, limits, strict=True):
-        limit = jnp.asarray(jnp.inf if limit is None else limit, wide)
-        block = (_element_summary if elementwise else _summary)(size, limit)
-        by_axes.setdefault(meshes.varying_axes(block.clipped), []).append(block)
-    met = [_together(own, axes) for axes, own in by_axes.items()]
-    steps = jnp.asarray(optax.safe_increment(old.steps))
-    if not met:
-        return old._replace(steps=steps)
-
-    overall = _together(met, ())
-    size = jnp.where(overall.nan > 0, jnp.nan, overall.size)
-    limit, fraction = overall.limit, overall.clipped / overall.count
-    if elementwise:
-        size = limit = fraction = jnp.full((), jnp.nan)
-    return ClipMetrics(
-        size=size.astype(wide),
-        limit=limit.astype(wide),
-        clipped_fraction=fraction.astype(old.clipped_fraction.dtype),
-        steps=steps,
-        clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
-        nonfinite_steps=_count(old.nonfinite_steps, overall.nonfinite > 0),
-    )
 
 
 def _count(counter: jax.Array, happened: jax.Array) -> jax.Array:
@@ -129,7 +131,8 @@ def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
     groups = _Summary(
         ratio=jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound)),
         size=jnp.where(nan, jnp.inf, size),
-        limit=limit,
+        # Infinity would make NaN in states that a wrapper mixes by a·x + (1 - a)·y.
+        limit=jnp.minimum(limit, jnp.finfo(limit.dtype).max),
         clipped=clipped,
         nonfinite=~finite,
         nan=nan,
@@ -167,7 +170,8 @@ def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
 
 
 @jax.jit
-def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
+def _counts(size: jax.Array, limit: jax.Array) -> _Summary:
+    """The summary of single elements, of which only flags are wanted."""
     finite = jnp.isfinite(size)
     over = finite & (size > jnp.maximum(limit, 0))
     clipped, nonfinite = numerics.any_of_both(over, ~finite)
@@ -176,56 +180,13 @@ def _element_summary(size: jax.Array, limit: jax.Array) -> _Summary:
     return _Summary(unknown, unknown, unknown, *flags, unknown, one)
 
 
-def _together(summaries: list[_Summary], axes: tuple) -> _Summary:
+def _together(summaries: list[_Summary], axes: meshes.MeshAxes) -> _Summary:
     """The summary of all blocks on all shards, in one collective: here they meet.
 
     In vectors, because a chain of choices between scalars, one for each leaf, takes
     XLA:CPU a minute to fuse.
     """
-    if len(summaries) == 1 and not axes:
-        return summaries[0]
     numbers = jnp.stack([jnp.stack(own) for own in summaries])
     if axes:
         numbers = meshes.from_all(numbers, axes).reshape(-1, len(_Summary._fields))
     return _reduced(*numbers.T, like=numbers[:, 0])
-
-
-@public
-def metrics(opt_state: Any, separator: str = "/") -> dict[str, jax.Array]:
-    """The metrics of every clip in an optimizer state, ready for a logger.
-
-    Args:
-      opt_state: any optimizer state: of `chain`, `named_chain`, `masked`, `partition`,
-        `MultiSteps`, `inject_hyperparams`, …, or an `nnx.Optimizer`'s `opt_state`.
-      separator: between the names of a key.
-
-    Returns:
-      A flat dict `{path of the state}/{field}` of scalar arrays; the path is empty for
-      a clip that stands alone. Works inside `jit`. Empty if there is no clip.
-
-    >>> import jax.numpy as jnp, optax, optclip
-    >>> tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1))
-    >>> params = {"w": jnp.array([3.0, 4.0])}
-    >>> _, state = tx.update(params, tx.init(params))
-    >>> for name, value in metrics(state).items():
-    ...     print(name, value)
-    0/size 5.0
-    0/limit 1.0
-    0/clipped_fraction 1.0
-    0/steps 1
-    0/clipped_steps 1
-    0/nonfinite_steps 0
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda node: isinstance(node, ClipMetrics | SkipMetrics)
-    )
-    found: dict[str, jax.Array] = {}
-    for keys, node in flat:
-        if not isinstance(node, ClipMetrics | SkipMetrics):
-            continue
-        prefix = paths.names(keys)[:-1]  # without the field that holds the metrics
-        for field, value in zip(node._fields, node, strict=True):
-            # `nnx.Optimizer` wraps every leaf in a Variable: a tree with one leaf.
-            (leaf,) = jax.tree_util.tree_leaves(value)
-            found[separator.join([*prefix, field])] = leaf
-    return found

@@ -2,15 +2,19 @@
 
 Sizes are computed in at least float32. XLA flushes subnormal numbers to zero, so what
 matters is that no *intermediate* value leaves the normal range while the result lies in
-it: `range_of` says where a dtype's squares start to overflow or vanish, and `factor`
+it: `RANGES` says where a dtype's squares start to overflow or vanish, and `factor`
 and `split` take target/size apart into multipliers that stay normal.
 """
 
+from __future__ import annotations
+
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 
 def is_measured(leaf: Any) -> bool:
@@ -33,6 +37,37 @@ def wide_dtype(*dtypes: Any) -> np.dtype:
         # NumPy's promotion, here and below: strict promotion in JAX would refuse.
         wide = np.promote_types(wide, jnp.finfo(dtype).dtype)
     return wide
+
+
+def bound_in(bound: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """A bound of any numeric type in a leaf's dtype, to be negated or compared there.
+
+    Unsigned integers have no negative, JAX's int32 holds no 10**12, and float8_e4m3fn
+    has no infinity. A bound beyond the dtype's range becomes infinity, or the largest
+    number where there is none, so it bounds nothing. NaN stays NaN.
+    """
+    dtype = np.dtype(dtype)
+    if isinstance(bound, jax.Array):
+        wide = wide_dtype(dtype)
+        real = jnp.issubdtype(bound.dtype, jnp.floating)
+        value = widen(bound, wide) if real else bound.astype(wide)
+    else:
+        value = np.asarray(_as_float(bound), np.float64)
+    with np.errstate(over="ignore"):
+        if not np.isinf(np.float64(np.inf).astype(dtype)):
+            largest = np.asarray(jnp.finfo(dtype).max, value.dtype)
+            value = value.clip(-largest, largest)
+        return jnp.asarray(value.astype(dtype))
+
+
+def _as_float(number: ArrayLike) -> ArrayLike:
+    """Python's integers may be larger than any float."""
+    if isinstance(number, int):
+        try:
+            return float(number)
+        except OverflowError:
+            return math.inf if number > 0 else -math.inf
+    return number
 
 
 def widen(x: jax.Array, wide: Any) -> jax.Array:
@@ -68,14 +103,15 @@ class Range(NamedTuple):
     down: float
 
 
-def range_of(dtype: Any) -> Range:
-    """The range of a real dtype: 2^-63, 2^72 and 2^-80 for float32.
-
-    Up is less far than down, because a tangent of 1 beside a tiny number goes with it.
-    """
-    info = jnp.finfo(dtype)
+def _range_of(dtype: type) -> Range:
+    # Up is less far than down, because a tangent of 1 beside a tiny number goes with it.
+    info = np.finfo(dtype)
     up, down = int(info.maxexp) * 9 // 16, int(info.maxexp) * 5 // 8
     return Range(2.0 ** (int(info.minexp) // 2), 2.0**up, 2.0**-down)
+
+
+# 2^-63, 2^72 and 2^-80 for float32.
+RANGES = {np.dtype(dtype): _range_of(dtype) for dtype in (np.float32, np.float64)}
 
 
 def any_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

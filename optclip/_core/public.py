@@ -84,8 +84,11 @@ def _named(name: str, function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with naming(name):
+        token = _caller.set(_Caller(name, makes=False))
+        try:
             return function(*args, **kwargs)
+        finally:
+            _caller.reset(token)
 
     return run
 

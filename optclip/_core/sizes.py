@@ -1,119 +1,150 @@
-"""The size of every group: the one pass over the leaves.
+"""The size of every group: the one pass over the leaves, and the rare second one.
 
-    leaves --totals--> one total a group, one collective for each set of mesh axes
-           --lower---> one size a group
-           --judge---> their limits, which say whether a tiny total matters
+    leaves ──summed_sizes──▶ one size a group, one collective a set of mesh axes
+    sizes, limits ──in_doubt──▶ whether a sum left its range where that matters
+    leaves ──precise_sizes──▶ in doubt, the sizes of a second pass at a good scale
 
-A second pass, at a better scale, runs only where summands left float32's range.
+Sums of squares overflow float32 above 1e19 and lose digits below 1e-9. Choosing between
+one pass and two costs no pass, but no leaf is scaled before all are measured: a fifth
+of the time on CPU where each could be scaled from the cache. Three accumulators in one
+pass would cost four times as much.
 """
 
+from __future__ import annotations
+
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from optclip._core import meshes, numerics
-from optclip._core.groups import Gathered, Member, aligned, stacked
-from optclip._core.measures import ANY, MAX, Measure, joined, l2, max_abs
+from optclip._core.groups import Arrays, Groups, aligned, by_block
+from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
 
-def measured(
-    gathered: Gathered,
+def summed_sizes(
+    groups: Groups,
+    leaves: Arrays,
     measure: Measure,
-    judge: Callable[[list[jax.Array]], list[Any]],
-    learns: bool = False,
-) -> tuple[list[jax.Array], list[Any]]:
-    """The size of every group, and the limits that `judge` gives their blocks.
-
-    Sums of squares overflow float32 above 1e19 and lose digits below 1e-9. So after
-    the one ordinary pass, a second, at a better scale, runs only if a total is not
-    finite, or is tiny and its limit (None or 0: unknown) tinier: never for groups that
-    are merely zero under an ordinary limit. A limit that `learns` is unknown while it
-    is infinite: what it learns first has to be right. Choosing costs no pass, but no
-    leaf is scaled before all are measured: a fifth of the time on CPU where each could
-    be scaled from the cache. Three accumulators in one pass would cost 4x.
-    """
-    rough = _lowered(gathered, measure, totals(gathered, measure))
-    in_blocks = stacked(gathered, rough)
-    limits = judge(in_blocks)
-    if not gathered.groups or _never_leaves_range(gathered, measure):
-        return rough, limits
-
-    zero = jnp.zeros((), gathered.wide)
-    known = [zero if limit is None else limit for limit in limits]
-    if learns:
-        known = [jnp.where(limit < jnp.inf, limit, 0) for limit in known]
-    edges = _edges(gathered, measure, rough)
-    blocks = zip(in_blocks, known, _edges_of_blocks(gathered, edges), strict=True)
-    doubt = joined(ANY, [_has_doubts(*block) for block in blocks])
-    doubt = meshes.anywhere(doubt, _divided(gathered, doubt))
-
-    def again() -> tuple[list[jax.Array], Any]:
-        scales_of = _scales(gathered, measure, edges)
-        scales = scales_of(rough)
-        fresh = totals(gathered, measure, scales)
-        if not gathered.joint:
-            # Found anew, and behind barriers, or XLA would keep the first ones while it
-            # sums everything: AGC's temporary bytes would be 1.07 % of the gradients of
-            # GPT-2 in bfloat16 instead of 0.85 %.
-            scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
-        precise = _lowered(gathered, measure, fresh, scales)
-        # Groups in range keep the bits that they have when no group is in doubt.
-        choices = zip(scales, rough, precise, strict=True)
-        sizes = [jnp.where(scale == 1, old, new) for scale, old, new in choices]
-        return sizes, judge(stacked(gathered, sizes)) if learns else None
-
-    # A limit that learns may sort a history; any other is sooner found again than kept
-    # beside the sizes, with which it takes 1.2 % of bfloat16 gradients for AGC.
-    kept = limits if learns else None
-    sizes, learned = jax.lax.cond(doubt, again, lambda: (rough, kept))
-    return sizes, learned if learns else judge(stacked(gathered, sizes))
-
-
-def totals(
-    gathered: Gathered, measure: Measure, scales: Sequence[jax.Array] | None = None
-) -> list[jax.Array]:
-    """The total of every group, of elements times its scale if it has one."""
-    combine = measure.combine
-    partial: dict[tuple[Hashable, ...], dict[int, jax.Array]] = {}
-    for number, group in enumerate(gathered.groups):
+    scales: Arrays | None = None,
+) -> Arrays:
+    """The size of every group from plain sums, of elements times its scale if given."""
+    by_mesh: dict[meshes.MeshAxes, dict[int, Arrays]] = {}
+    for number, group in enumerate(groups.groups):
         scale = None if scales is None else scales[number]
-        by_mesh: dict[tuple[Hashable, ...], list[jax.Array]] = {}
-        for member in group.members:
-            total = _leaf_total(gathered, member, measure, scale)
-            by_mesh.setdefault(member.mesh, []).append(total)
-        for mesh, parts in by_mesh.items():
-            partial.setdefault(mesh, {})[number] = joined(combine, parts)
+        for index, axes, mesh in group.members:
+            leaf, own = leaves[index], scale
+            if scale is not None and scale.ndim not in (0, leaf.ndim):
+                own = aligned(scale, leaf)
+            total = _reduced(
+                leaf,
+                own,
+                measure.lift,
+                measure.combine,
+                axes,
+                not groups.joint,
+                groups.dtype,
+            )
+            by_mesh.setdefault(mesh, {}).setdefault(number, []).append(total)
 
-    by_group: list[list[jax.Array]] = [[] for _ in gathered.groups]
-    for mesh, parts in partial.items():
-        values = list(parts.values())
+    of_groups: list[Arrays] = [[] for _ in groups.groups]
+    for mesh, parts in by_mesh.items():
+        totals = [joined(measure.combine, own) for own in parts.values()]
         if mesh:
-            values = _across(combine.across, values, mesh)
-        for number, value in zip(parts, values, strict=True):
-            by_group[number].append(value)
-    return [joined(combine, parts) for parts in by_group]
+            totals = _across(measure.combine.across, totals, mesh)
+        for number, total in zip(parts, totals, strict=True):
+            of_groups[number].append(total)
+    return [
+        _size(
+            joined(measure.combine, parts),
+            None if scales is None else scales[number],
+            measure.lower,
+            groups.groups[number].count,
+        )
+        for number, parts in enumerate(of_groups)
+    ]
 
 
-def _leaf_total(
-    gathered: Gathered, member: Member, measure: Measure, scale: jax.Array | None
-) -> jax.Array:
-    keepdims = not gathered.joint
-    scale = None if scale is None else aligned(scale, member)
-    return _reduced(member.leaf, scale, measure, member.axes, keepdims, gathered.wide)
+def in_doubt(
+    groups: Groups, leaves: Arrays, measure: Measure, rough: Arrays, known: Arrays
+) -> jax.Array | None:
+    """Whether a second pass is needed; None where none ever is.
+
+    It is if a size is not finite, or is tiny while its limit in `known`, one array a
+    block, is tinier: never for groups that are merely zero under an ordinary limit. A
+    limit that is not known counts as 0. Sizes come one array a block, too.
+    """
+    # float16's squares, and their sums, lie well inside float32's range.
+    half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
+    if measure.power is None or half or not groups.groups:
+        return None
+    edges = _edges(groups, measure)
+    if groups.joint:
+        shared = min(edges) == max(edges)
+        edges = [edges[0] if shared else jnp.asarray(edges, groups.dtype)]
+    doubts = [_has_doubts(*block) for block in zip(rough, known, edges, strict=True)]
+    doubt = joined(ANY, doubts)
+    if not any(member.mesh for group in groups.groups for member in group.members):
+        return doubt
+    return meshes.anywhere(doubt, _divided(groups, leaves, doubt))
+
+
+def precise_sizes(
+    groups: Groups, leaves: Arrays, measure: Measure, rough: Arrays
+) -> Arrays:
+    """The sizes of a second pass, of elements multiplied so that all sums fit."""
+    scales_of = _scales(groups, leaves, measure)
+    scales = scales_of(rough)
+    precise = summed_sizes(groups, leaves, measure, scales)
+    if not groups.joint:
+        # Found anew, and behind barriers, or XLA would keep the first ones while it
+        # sums everything: AGC's temporary bytes would be 1.07 % of the gradients of
+        # GPT-2 in bfloat16 instead of 0.85 %.
+        scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
+    # Groups in range keep the bits that they have when no group is in doubt.
+    choices = zip(scales, rough, precise, strict=True)
+    return [jnp.where(scale == 1, old, new) for scale, old, new in choices]
+
+
+def sizes_of(
+    groups: Groups, leaves: Arrays, measure: Measure, limit: ArrayLike = 0.0
+) -> Arrays:
+    """The sizes on their own, by both passes; below the limit they may count as 0."""
+    rough = summed_sizes(groups, leaves, measure)
+    blocks = by_block(groups, rough)
+    known = [jnp.asarray(limit, groups.dtype)] * len(blocks)
+    doubt = in_doubt(groups, leaves, measure, blocks, known)
+    if doubt is None:
+        return rough
+    return jax.lax.cond(doubt, _second_look(groups, measure), _keep, leaves, rough)
+
+
+# One function for each structure, which JAX traces and compiles once: a new function at
+# each eager call would be compiled anew.
+@functools.lru_cache
+def _second_look(
+    groups: Groups, measure: Measure
+) -> Callable[[Arrays, Arrays], Arrays]:
+    return lambda leaves, rough: precise_sizes(groups, leaves, measure, rough)
+
+
+def _keep(leaves: Arrays, rough: Arrays) -> Arrays:
+    return rough
 
 
 # Jitted so that equal leaves are traced once: 1000 leaves trace in the time of a few.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _reduced(
     x: jax.Array,
     scale: jax.Array | None,
-    measure: Measure,
+    lift: Callable[[jax.Array], jax.Array],
+    combine: Combine,
     axes: tuple[int, ...],
     keepdims: bool,
-    wide: Any,
+    wide: np.dtype,
 ) -> jax.Array:
     leaf = x
     if scale is None:
@@ -122,17 +153,17 @@ def _reduced(
         # Together: a barrier on x alone would let XLA widen and scale it once more.
         x, barred = jax.lax.optimization_barrier((x, scale))
         x = numerics.times(numerics.widen(x, wide), barred)
-    summands = measure.lift(x)
+    summands = lift(x)
     if not axes:
         return summands
-    total = measure.combine.reduce(summands, axis=axes, keepdims=keepdims)
-    if measure.combine is MAX:
+    total = combine.reduce(summands, axis=axes, keepdims=keepdims)
+    if combine is MAX:
         squares = _squares_beside(leaf, wide)
         total = meshes.remembering(total, jnp.sum(squares, axes, keepdims=keepdims))
     return total
 
 
-def _squares_beside(leaf: jax.Array, wide: Any) -> jax.Array:
+def _squares_beside(leaf: jax.Array, wide: np.dtype) -> jax.Array:
     """Squares that share no widened copy with any other reduction of the leaf."""
     barred, _ = jax.lax.optimization_barrier((leaf, jnp.zeros((2,))))
     return l2.lift(numerics.widen(barred, wide))
@@ -153,105 +184,70 @@ def _across(
     return out
 
 
-def _divided(gathered: Gathered, doubt: jax.Array) -> tuple[Hashable, ...]:
+def _divided(groups: Groups, leaves: Arrays, doubt: jax.Array) -> meshes.MeshAxes:
     """The mesh axes to agree over: summed along in the branch, but not by every group.
 
     Devices that take different branches would wait for each other forever. None where
     all groups extend over the same axes.
     """
-    members = [member for group in gathered.groups for member in group.members]
-    by_group = [{a for m in group.members for a in m.mesh} for group in gathered.groups]
-    summed, by_all = set.union(*by_group), set.intersection(*by_group)
-    if any(meshes.varying_axes(member.leaf) for member in members):
+    of_groups = [{a for m in group.members for a in m.mesh} for group in groups.groups]
+    summed, by_all = set.union(*of_groups), set.intersection(*of_groups)
+    if any(map(meshes.varying_axes, leaves)):
         differs = summed.intersection(meshes.varying_axes(doubt))
     else:  # pmap, check_vma=False: types say nothing
         differs = summed - by_all
     return tuple(sorted(differs, key=str))
 
 
-def _lowered(
-    gathered: Gathered,
-    measure: Measure,
-    group_totals: list[jax.Array],
-    scales: Sequence[jax.Array] | None = None,
-) -> list[jax.Array]:
-    known = [None] * len(group_totals) if scales is None else scales
-    each = zip(gathered.groups, group_totals, known, strict=True)
-    return [_size(total, scale, measure, group.count) for group, total, scale in each]
-
-
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _size(
-    total: jax.Array, scale: jax.Array | None, measure: Measure, count: int
+    total: jax.Array,
+    scale: jax.Array | None,
+    lower: Callable[[jax.Array, float], jax.Array],
+    count: int,
 ) -> jax.Array:
-    size = measure.lower(total, count)
+    size = lower(total, count)
     return size if scale is None else size / scale
 
 
-def _edges(
-    gathered: Gathered, measure: Measure, sizes: list[jax.Array]
-) -> list[jax.Array]:
-    """The size of every group below which its summands may have vanished.
-
-    Groups that share an edge share one array, since each has to be compiled.
-    """
-    tiny = jnp.asarray(numerics.range_of(gathered.wide).tiny, gathered.wide)
-
-    @functools.cache
-    def edge(count: float, rank: int) -> jax.Array:
-        return measure.lower(tiny, count).reshape((1,) * rank)
-
-    return [
-        edge(group.count if measure.averages else 1, size.ndim)
-        for group, size in zip(gathered.groups, sizes, strict=True)
-    ]
-
-
-def _edges_of_blocks(gathered: Gathered, edges: list[jax.Array]) -> list[jax.Array]:
-    """An edge for every block: one number for all groups of a vector that share it."""
-    shared = gathered.joint and all(edge is edges[0] for edge in edges)
-    return [edges[0].reshape(())] if shared else stacked(gathered, edges)
+def _edges(groups: Groups, measure: Measure) -> list[float]:
+    """The size of every group below which its summands may have vanished."""
+    assert measure.power is not None
+    tiny = numerics.RANGES[groups.dtype].tiny
+    counts = [group.count if measure.averages else 1 for group in groups.groups]
+    return [(tiny / max(count, 1)) ** (1 / measure.power) for count in counts]
 
 
 @jax.jit
-def _has_doubts(size: jax.Array, limit: jax.Array, edge: jax.Array) -> jax.Array:
+def _has_doubts(size: jax.Array, limit: jax.Array, edge: ArrayLike) -> jax.Array:
     """Whether a block has a size that overflowed, or vanished where it matters."""
     vanished = (size < edge) & ~(limit >= edge)
     lost, small = numerics.any_of_both(~jnp.isfinite(size), vanished)
     return lost | small
 
 
-def _never_leaves_range(gathered: Gathered, measure: Measure) -> bool:
-    """Whether no total can overflow or vanish unless the size itself does."""
-    members = [member for group in gathered.groups for member in group.members]
-    return (
-        measure.power is None
-        # float16's squares, and their sums, lie well inside float32's range.
-        or (measure.power == 2 and all(m.leaf.dtype == jnp.float16 for m in members))
-    )
-
-
 def _scales(
-    gathered: Gathered, measure: Measure, edges: list[jax.Array]
-) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    groups: Groups, leaves: Arrays, measure: Measure
+) -> Callable[[Arrays], Arrays]:
     """From sizes to what multiplies each group, so that summands fit: 1 if they do."""
+    edges = _edges(groups, measure)
     if measure.power is not None and measure.power <= 2:
         return lambda sizes: list(map(_power_of_two, sizes, edges))
-    largest = totals(gathered, max_abs)
+    largest = summed_sizes(groups, leaves, max_abs)
     return lambda sizes: list(map(_largest, sizes, edges, largest))
 
 
 @jax.jit
-def _power_of_two(size: jax.Array, edge: jax.Array) -> jax.Array:
+def _power_of_two(size: jax.Array, edge: ArrayLike) -> jax.Array:
     """By the size alone; up to squares this is enough and needs no pass."""
-    usable = numerics.range_of(size.dtype)
+    usable = numerics.RANGES[size.dtype]
     up_or_none = jnp.where(size < edge, usable.up, 1.0)
     scale = jnp.where(jnp.isfinite(size), up_or_none, usable.down)
     return jax.lax.stop_gradient(scale.astype(size.dtype))
 
 
 @jax.jit
-def _largest(size: jax.Array, edge: jax.Array, largest: jax.Array) -> jax.Array:
+def _largest(size: jax.Array, edge: ArrayLike, largest: jax.Array) -> jax.Array:
     """One over the largest element, capped to be normal; 1 for groups in range."""
     fits = jnp.isfinite(size) & ~(size < edge)
     usable = ~fits & (largest > 0) & jnp.isfinite(largest)

@@ -10,11 +10,14 @@ to the size leaves the group's bits alone.
 | `smooth()` | size / (1 + size / limit) |
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optclip._core import checks, numerics
 from optclip._core.public import Part, public
@@ -28,7 +31,7 @@ class Action(Part):
 
 
 @public
-def rescale(div_eps: float = 0.0) -> Action:
+def rescale(div_eps: ArrayLike = 0.0) -> Action:
     """Scales a group that is over its limit down to the limit.
 
         target = min(size, limit)                              div_eps = 0
@@ -37,6 +40,9 @@ def rescale(div_eps: float = 0.0) -> Action:
     Args:
       div_eps: 0, or PyTorch's 1e-6, in the units of the size. Above 0 a group within
         `div_eps` of its limit shrinks slightly, as it does there.
+
+    Returns:
+      The action.
 
     Raises:
       ValueError: if div_eps is negative, NaN, or not a number.
@@ -69,8 +75,13 @@ def smooth() -> Action:
         target = size / (1 + size / limit)
 
     Differentiable everywhere and always below both size and limit; the normalisation of
-    AUTO-S (Bu et al. 2022, arXiv 2206.07136) times the limit. An infinite limit leaves
+    AUTO-S times the limit. An infinite limit leaves
     a group as it is, a limit of 0 gives 0.
+
+    Returns:
+      The action.
+
+    Reference: [Bu et al. 2022](https://arxiv.org/abs/2206.07136).
 
     >>> import jax.numpy as jnp
     >>> print(smooth().target(jnp.array([0.1, 1.0, 1e9]), jnp.array(1.0)))

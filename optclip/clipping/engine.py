@@ -1,29 +1,42 @@
 """`clip_by`: the one way that every composed rule goes.
 
-    updates --gather--> blocks --measure--> sizes --threshold--> limits --action-->
-    target sizes --spread--> updates'
+    updates ──gather──▶ groups ──▶ rough sizes ──threshold──▶ limits
+        ──▶ refined sizes and limits ──action──▶ targets ──▶ rescaled updates
+        ──▶ metrics ──▶ the threshold's next state
 
-`update` reads in exactly this order. What was seen on the way, the sizes and limits,
-becomes the metrics and the threshold's next state. This is the only file that knows
-measures, groupings, thresholds and actions together.
+`update` reads in exactly this order. This is the only file that knows measures,
+groupings, thresholds and actions together.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optclip._core import checks, meshes, metrics, numerics
-from optclip._core import groups as blocks
-from optclip._core import sizes as measuring
+from optclip._core import checks, meshes, metrics
 from optclip._core.groupings import Grouping, whole
+from optclip._core.groups import (
+    Arrays,
+    Groups,
+    by_block,
+    by_group,
+    gather,
+    rescaled,
+)
 from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import ClipMetrics
 from optclip._core.public import error, public
-from optclip.clipping import beside
+from optclip._core.sizes import in_doubt, precise_sizes, summed_sizes
+from optclip._core.types import AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale
-from optclip.clipping.thresholds.base import Seen, Threshold
+from optclip.clipping.other_sizes import combined_size, sizes_of_params
+from optclip.clipping.state_blocks import blank_state, packed, repacked, unpacked
+from optclip.clipping.thresholds import Observation, Threshold, as_threshold
 
 
 class ClipState(NamedTuple):
@@ -36,19 +49,27 @@ class ClipState(NamedTuple):
       metrics: what the last update saw; read them with `optclip.metrics`.
     """
 
-    threshold: Any
+    threshold: optax.OptState
     metrics: ClipMetrics
+
+
+class _Known(NamedTuple):
+    """What limits depend on beside the sizes of the groups, block by block."""
+
+    states: list[Any] | None
+    params: Arrays | None
+    step: jax.Array
 
 
 @public
 def clip_by(
-    threshold: Threshold,
+    threshold: Limit | Threshold,
     *,
     measure: Measure = l2,
-    grouping: Grouping = whole(),  # noqa: B008 (an immutable tuple)
-    action: Action = rescale(),  # noqa: B008 (an immutable tuple)
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
+    grouping: Grouping = whole(),
+    action: Action = rescale(),
+    nonfinite: Nonfinite = "propagate",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the size of every group of updates: the parts of every named rule.
 
@@ -56,7 +77,8 @@ def clip_by(
         group ← group · action(size, limit) / size
 
     Args:
-      threshold: how big a group may be, one of `optclip.thresholds`.
+      threshold: how big a group may be, one of `optclip.thresholds`; a number or a
+        schedule stands for `constant` or `scheduled`.
       measure: how big a group is, one of `optclip.measures`.
       grouping: what is measured together, one of `optclip.groupings`.
       action: to what size a group is scaled, one of `optclip.actions`.
@@ -67,11 +89,14 @@ def clip_by(
         name, a tuple of names (() for none), or a tree of these that may be a prefix of
         the updates. None reads them from the types, which is right inside `shard_map`
         and all that is needed under `jit`; `pmap` and `check_vma=False` need names.
+        Gradients that `pmean` has averaged are whole on every device: name no axis for
+        them, or the norm is √n times too large on n devices.
 
     Returns:
       A gradient transformation with state `ClipState`. Updates keep their dtypes,
       shapes, shardings and tree; integers, random keys, float0, None and MaskedNode
-      pass untouched. `update(updates, None)` starts from a fresh state.
+      pass untouched. `update(updates, None)` starts from a fresh state, and `init`
+      takes trees of `jax.ShapeDtypeStruct` too.
 
     Edge cases: a group within its limit keeps its bits. Limit infinity: identity.
     Limit 0, size 0: zeros. Limit NaN: NaN. Half precision: sizes are float32, results
@@ -79,167 +104,184 @@ def clip_by(
 
     Raises:
       ValueError: if a part is not of its kind, nonfinite is unknown, or (at init and
-        update) the parts do not fit each other or the tree.
+        update) the parts do not fit each other, the tree, or the state that is given.
 
     >>> import jax.numpy as jnp, optclip
-    >>> tx = clip_by(optclip.thresholds.constant(1.0), measure=optclip.measures.max_abs)
+    >>> tx = clip_by(1.0, measure=optclip.measures.max_abs)
     >>> updates, state = tx.update({"w": jnp.array([4.0, -2.0])}, None)
     >>> print(updates["w"], state.metrics.size)
     [ 1.  -0.5] 4.0
     """
-    checks.instance(Threshold, threshold=threshold)
+    threshold = as_threshold(threshold=threshold)
     checks.instance(Measure, measure=measure)
     checks.instance(Grouping, grouping=grouping)
     checks.instance(Action, action=action)
-    checks.choice(("propagate", "zero"), nonfinite=nonfinite)
-    if threshold.init is not None and not grouping.keeps_state:
+    checks.choice(get_args(Nonfinite), nonfinite=nonfinite)
+    limit_of, learns = threshold.limit, threshold.init is not None
+    if learns and not grouping.keeps_state:
         raise error(
-            "threshold must have no state under per_example, whose groups are "
-            "others at every step, got one with state."
+            f"threshold must have no state under {grouping}, whose groups are others "
+            f"at every step, got {threshold}."
         )
-    spoiled = jnp.nan if nonfinite == "propagate" else 0.0
+    nonfinite_value = jnp.nan if nonfinite == "propagate" else 0.0
     # Of one number every size is the same, and this one never overflows.
-    measure = max_abs if grouping.is_elementwise else measure
-
-    @jax.jit
-    def aim(size: jax.Array, limit: jax.Array) -> jax.Array:
-        target = action.target(size, jnp.maximum(limit, 0))
-        return jnp.where(jnp.isfinite(size), target, spoiled)
+    measure = max_abs if grouping.elementwise else measure
+    blank = functools.cache(functools.partial(blank_state, threshold))
+    mesh_axes = meshes.axes_of(axis_name)
 
     def init(params: optax.Params) -> ClipState:
-        axes = meshes.bound(axis_name)
-        gathered = blocks.gather(params, grouping, axes)
+        here = mesh_axes if meshes.bound(axis_name) else meshes.axes_of(())
+        groups, leaves = gather(params, grouping, here)
+        zeros = _zeros(groups, leaves, measure if learns else None)
         step = jnp.zeros((), jnp.int32)
-        state = ()
+        state: optax.OptState = ()
         if threshold.init is not None:
-            # Zeros made from sizes of the parameters inherit their sharding.
-            sizes = blocks.stacked(gathered, measuring.totals(gathered, measure))
-            seen = [Seen(jnp.zeros_like(s), step, gathered.names) for s in sizes]
-            fresh = [threshold.init(block) for block in seen]
-            state = _pack(gathered, threshold, fresh)
-        if gathered.groups:  # a bad limit is reported here, not at the first update
-            for shape, own in zip(
-                blocks.block_shapes(gathered),
-                _unpack(gathered, threshold, state),
-                strict=True,
-            ):
-                zeros = jnp.zeros(shape, gathered.wide)
-                seen = Seen(zeros, step, gathered.names, zeros, zeros.sum())
-                threshold.limit(own, seen)
-        return ClipState(state, metrics.start(gathered.wide))
+            fresh = [Observation(x, step, groups.names) for x in zeros]
+            own = list(map(threshold.init, fresh))
+            state = packed(params, groups, blank(), own)
+        if grouping.keeps_state and groups.groups:  # a bad limit is reported here
+            known = _Known(own if state else [()] * len(zeros), zeros, step)
+            for limit, zero in zip(limits_of(groups, zeros, known), zeros, strict=True):
+                checks.limits(zero.shape, threshold=limit)
+        limited = limit_of is not None
+        numbers = metrics.start(groups.dtype, grouping.elementwise, limited)
+        return ClipState(state, numbers)
 
     def update(
         updates: optax.Updates,
-        state: Any,
+        state: ClipState | None,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ClipState]:
         del extra_args
         if state is None:
             state = init(updates if params is None else params)
-        gathered = blocks.gather(updates, grouping, axis_name)
-        states = _unpack(gathered, threshold, state.threshold)
+        if not isinstance(state, ClipState):
+            raise error(f"state must be a ClipState, got {type(state).__name__}.")
+        groups, leaves = gather(updates, grouping, mesh_axes)
+        known = _Known(None, None, state.metrics.steps)
+        if learns:
+            own = unpacked(groups, blank(), state.threshold)
+            known = known._replace(states=own)
+        if threshold.needs_params:
+            own = sizes_of_params(groups, updates, params, measure, grouping, mesh_axes)
+            known = known._replace(params=own)
 
-        of_params = [None] * len(states)
-        if threshold.needs_params and gathered.groups:
-            of_params = beside.param_sizes(
-                gathered, params, measure, grouping, axis_name
-            )
+        rough = summed_sizes(groups, leaves, measure)
+        blocks = by_block(groups, rough)
+        limits = limits_of(groups, blocks, known)
+        sizes, blocks, limits = refine(groups, leaves, rough, blocks, limits, known)
+        if limit_of is not None:
+            targets = list(map(target_of, sizes, by_group(groups, limits)))
+            updates = rescaled(groups, updates, leaves, sizes, targets)
+        numbers = metrics.after(state.metrics, blocks, limits)
+        learned = state.threshold
+        if learns:
+            learned = repacked(learned, next_states(groups, blocks, limits, known))
+        return updates, ClipState(learned, numbers)
 
-        def see(sizes: list[jax.Array]) -> list[Seen]:
-            whole = None
-            if threshold.needs_whole:
-                apart = blocks.unstacked(gathered, sizes)
-                whole = beside.whole_size(gathered, measure, apart)
-            step, names = state.metrics.steps, gathered.names
-            return [
-                Seen(numerics.finite(size), step, names, own, whole)
-                for size, own in zip(sizes, of_params, strict=True)
-            ]
-
-        def judge(sizes: list[jax.Array]) -> list[jax.Array | None]:
-            limits = [
-                threshold.limit(own, seen)
-                for own, seen in zip(states, see(sizes), strict=True)
-            ]
-            return [x if x is None else jnp.asarray(x, gathered.wide) for x in limits]
-
-        learns = threshold.init is not None
-        sizes, limits = measuring.measured(gathered, measure, judge, learns)
-        if None not in limits:  # there is something to clip to
-            limit_of = blocks.unstacked(gathered, limits)
-            targets = [aim(*pair) for pair in zip(sizes, limit_of, strict=True)]
-            updates = blocks.spread(gathered, sizes, targets)
-
-        in_blocks = blocks.stacked(gathered, sizes)
-        learned = [
-            _unless_spoiled(size, own, threshold.observe(own, seen, limit))
-            for size, own, seen, limit in zip(
-                in_blocks, states, see(in_blocks), limits, strict=True
-            )
+    def observations(
+        groups: Groups, blocks: Arrays, known: _Known
+    ) -> list[Observation]:
+        """What the threshold sees of every block."""
+        combined = None
+        if threshold.needs_combined:
+            combined = combined_size(groups, measure, blocks)
+        params = known.params or [None] * len(blocks)
+        # An infinite size in a branch that is not chosen would still have an infinite
+        # derivative, and zero times that is NaN.
+        finite = [
+            jnp.where(jnp.isfinite(size), size, jnp.finfo(size.dtype).max)
+            for size in blocks
         ]
-        numbers = metrics.after(state.metrics, in_blocks, limits, grouping)
-        return updates, ClipState(_pack(gathered, threshold, learned), numbers)
+        return [
+            Observation(size, known.step, groups.names, groups.partial, own, combined)
+            for size, own in zip(finite, params, strict=True)
+        ]
+
+    def limits_of(groups: Groups, blocks: Arrays, known: _Known) -> Arrays:
+        """The limit of every block: a scalar, or a number for each of its groups."""
+        if limit_of is None:
+            return [jnp.asarray(jnp.inf, groups.dtype) for _ in blocks]
+        states = known.states or [()] * len(blocks)
+        limits = map(limit_of, states, observations(groups, blocks, known))
+        return [jnp.asarray(limit, groups.dtype) for limit in limits]
+
+    def refine(
+        groups: Groups,
+        leaves: Arrays,
+        rough: Arrays,
+        blocks: Arrays,
+        limits: Arrays,
+        known: _Known,
+    ) -> tuple[Arrays, Arrays, Arrays]:
+        """Sizes by group and by block, and limits, where need be of a second pass."""
+        reliable = limits
+        if limit_of is None or (groups.joint and blocks[0].shape == (1,)):
+            # Metrics show this size, however far below its limit it is.
+            reliable = [jnp.zeros((), groups.dtype) for _ in limits]
+        elif learns:
+            # An infinite limit has nothing learned yet: what it learns must be right.
+            reliable = [jnp.where(limit < jnp.inf, limit, 0) for limit in limits]
+        doubt = in_doubt(groups, leaves, measure, blocks, reliable)
+        if doubt is None:
+            return rough, blocks, limits
+        # Limits that learn nothing are sooner found again than kept beside the sizes:
+        # for AGC those would be 1.2 % of bfloat16 gradients in temporary bytes.
+        kept = limits if learns else None
+        look_again = second_look(groups)
+        sizes, kept = jax.lax.cond(doubt, look_again, _keep, leaves, rough, kept, known)
+        blocks = by_block(groups, sizes)
+        return sizes, blocks, kept or limits_of(groups, blocks, known)
+
+    # One function for each structure of the tree, which JAX traces and compiles once: a
+    # new function at each eager update would be compiled anew.
+    @functools.cache
+    def second_look(groups: Groups) -> Callable[..., tuple[Arrays, Arrays | None]]:
+        def look_again(
+            leaves: Arrays, rough: Arrays, kept: Arrays | None, known: _Known
+        ) -> tuple[Arrays, Arrays | None]:
+            sizes = precise_sizes(groups, leaves, measure, rough)
+            if kept is None:
+                return sizes, None
+            return sizes, limits_of(groups, by_block(groups, sizes), known)
+
+        return look_again
+
+    @jax.jit
+    def target_of(size: jax.Array, limit: jax.Array) -> jax.Array:
+        """The size that a group is scaled to."""
+        target = action.target(size, jnp.maximum(limit, 0))
+        return jnp.where(jnp.isfinite(size), target, nonfinite_value)
+
+    def next_states(
+        groups: Groups, blocks: Arrays, limits: Arrays, known: _Known
+    ) -> list[Any]:
+        """What the threshold learns, group by group: nothing where none is finite."""
+        assert known.states is not None
+        seen = observations(groups, blocks, known)
+        learned = list(map(threshold.observe, known.states, seen, limits))
+        return list(map(_where_finite, blocks, learned, known.states))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _unless_spoiled(size: jax.Array, old: Any, new: Any) -> Any:
+def _zeros(groups: Groups, leaves: Arrays, measure: Measure | None) -> Arrays:
+    """A zero for every group; made from sizes it inherits their sharding."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    if measure is None or abstract or not leaves:
+        return [jnp.zeros(shape, groups.dtype) for shape in groups.block_shapes()]
+    sizes = by_block(groups, summed_sizes(groups, leaves, measure))
+    return [jnp.zeros_like(size) for size in sizes]
+
+
+def _keep(
+    leaves: Arrays, rough: Arrays, kept: Arrays | None, known: _Known
+) -> tuple[Arrays, Arrays | None]:
+    return rough, kept
+
+
+def _where_finite(size: jax.Array, new: Any, old: Any) -> Any:
     """The new state of finite groups, the old one of others; block axes come last."""
     finite = jnp.isfinite(size)
-    return jax.tree.map(lambda a, b: jnp.where(finite, b, a).astype(a.dtype), old, new)
-
-
-def _pack(gathered: blocks.Gathered, threshold: Threshold, states: list[Any]) -> Any:
-    """States of blocks as kept: one, or one whose every array is a tree like params."""
-    if gathered.joint:
-        return states[0]
-
-    def like_params(_: Any, *parts: jax.Array) -> Any:
-        kept: list[Any] = [()] * len(gathered.leaves)
-        for group, part in zip(gathered.groups, parts, strict=True):
-            kept[group.members[0].index] = part
-        tree = jax.tree_util.tree_unflatten(gathered.treedef, kept)
-        return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
-
-    return jax.tree.map(like_params, _blank(threshold), *states)
-
-
-def _is_box(node: Any) -> bool:
-    """Whether it is a Variable of NNX or a boxed parameter of Linen."""
-    return hasattr(node, "get_metadata") or hasattr(node, "unbox")
-
-
-def _unboxed(node: Any) -> Any:
-    """Numbers of units without the box, whose sharding names axes that they lack."""
-    leaves = jax.tree_util.tree_leaves(node) if _is_box(node) else []
-    return leaves[0] if leaves else node
-
-
-def _unpack(gathered: blocks.Gathered, threshold: Threshold, state: Any) -> list[Any]:
-    """The state of each block, by order: NNX gives `init` and `update` other trees."""
-    count = len(gathered.groups)
-    leaves = jax.tree_util.tree_leaves(state)
-    treedef = jax.tree_util.tree_structure(_blank(threshold))
-    if not treedef.num_leaves:
-        return [state] * (1 if gathered.joint else count)
-    if gathered.joint:  # the block is the last axis, also that of an empty tree
-        expected, kept = max(count, 1), leaves[0].shape[-1]
-    else:
-        expected, kept = count, len(leaves) // treedef.num_leaves
-    if kept != expected:
-        raise error(
-            f"updates must have the measured groups that init saw, got {count} "
-            f"for a state of {kept}."
-        )
-    if gathered.joint:
-        return [state]
-    parts = [leaves[number::count] for number in range(count)]
-    return [jax.tree_util.tree_unflatten(treedef, part) for part in parts]
-
-
-def _blank(threshold: Threshold) -> Any:
-    """A state of the threshold, for its structure."""
-    if threshold.init is None:
-        return ()
-    return threshold.init(Seen(jnp.zeros((1,)), jnp.zeros((), jnp.int32)))
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b).astype(b.dtype), new, old)

@@ -1,14 +1,17 @@
-"""LSUV: kernels divided, layer after layer, until every output has variance one.
+"""LSUV: kernels scaled, layer after layer, until every output has variance one.
 
-    for each layer in the order of the calls:   W ← W / √Var(layer(batch))   until ≈ 1
+    for each layer in the order of the calls:   W ← W / std(layer(batch))   until ≈ 1
 
-Orthogonal first values keep the signal of linear layers; what activations, pooling and
-skips do to it, one batch tells.
+Orthogonal initialization keeps the size of the signal in linear layers only; one batch
+shows what activations, pooling and skip connections do to it.
 """
+
+from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +19,34 @@ import numpy as np
 
 from optclip._core import checks, paths
 from optclip._core.public import error, public
-from optclip.initializers import kernel_shapes as unfolding
-from optclip.initializers import layer_hooks as taps
-from optclip.initializers import linen, nnx
-from optclip.initializers import parameter_info as planning
-from optclip.initializers.isometries import orthogonal
+from optclip._core.types import Tree
+from optclip.initializers import layer_hooks, parameter_info
+from optclip.initializers.kernel_shapes import drawing_dtype
+from optclip.initializers.layer_hooks import Recorder
+from optclip.initializers.orthogonal import orthogonal
+from optclip.initializers.parameter_info import Model, ParameterInfo, is_nnx
 from optclip.initializers.redraw import redraw
+from optclip.initializers.signal_report import mean_and_std
 
 
 @public
 def lsuv(
-    module: Any,
+    module: Model,
     batch: Any,
-    params: Any = None,
+    params: Tree = None,
     *,
     key: jax.Array | None = None,
     tolerance: float = 0.1,
     max_iterations: int = 10,
-) -> Any:
+) -> Tree | None:
     """Layer-sequential unit variance: scales each kernel on a real batch.
 
-        W_l ← W_l / √Var(y_l)   until |Var(y_l) - 1| < tolerance,  l in order of calls
+        W_l ← W_l / std(y_l)   until |Var(y_l) - 1| < tolerance,  l in order of calls
 
     Args:
-      module: an `nnx.Module`, or a Linen module; or a function that runs one, where
-        more than the batch must be said: `(variables, batch)` or `(module, batch)`.
-      batch: what the model is called with; some hundred examples will do.
+      module: an `nnx.Module`, or a Linen module; or a function that runs one, where it
+        takes more than the batch: `(variables, batch)` or `(module, batch)`.
+      batch: what the model is called with; some hundred examples are enough.
       params: Linen's variables, the NNX module for a function, None for a module alone.
       key: draws the model anew first, with `orthogonal()`, as the paper does; None
         keeps the kernels' directions as they are.
@@ -60,7 +65,7 @@ def lsuv(
 
     Raises:
       ValueError: if tolerance or max_iterations is not positive, module is neither or
-        lacks params, nothing has a kernel, a layer's output has the variance 0 (a zero
+        lacks params, no layer has a kernel, a layer's output has the variance 0 (a zero
         kernel: draw it first) or is not finite, or is not within the tolerance after
         max_iterations (a bias's own spread does not shrink with the kernel).
 
@@ -73,90 +78,88 @@ def lsuv(
     >>> print(module.apply(params, batch).var().round(1))
     1.0
 
-    Mishkin & Matas 2015, arXiv 1511.06422.
+    Mishkin & Matas 2015, https://arxiv.org/abs/1511.06422.
     """
     checks.positive(tolerance=tolerance)
     checks.at_least(1, max_iterations=max_iterations)
-    target = module if nnx.is_module(module) else params
+    target = module if is_nnx(module) else params
     if key is not None:
         new = redraw(target, orthogonal(), key)
         target = target if new is None else new
-        params = params if nnx.is_module(module) else target
-    own, run = taps.opened(module, params)
+        params = params if is_nnx(module) else target
+    own, run = layer_hooks.opened(module, params)
     kernels = _kernels(target)
-    record, called = taps.Recorder(), []
+    record, called = Recorder(), []
 
-    def tap(path: str, y: jax.Array) -> jax.Array:
+    def hook(path: str, y: jax.Array) -> jax.Array:
         if path in kernels:
             called.append(path)
-            variance = jnp.var(y.astype(jnp.float32))
-            jax.debug.callback(functools.partial(record, path), variance)
+            jax.debug.callback(functools.partial(record, path), mean_and_std(y)[1])
         return y
 
-    forward = jax.jit(lambda factors: run(_scaled(own, kernels, factors), tap, batch))
-    factors = {path: np.ones(math.prod(k.stack)) for path, k in kernels.items()}
-    seen = record.during(lambda: forward(factors))
+    @jax.jit
+    def forward(factors: _Factors) -> Any:
+        return run(_scaled(own, kernels, factors), hook, batch)
+
+    stacks = {path: [k.shape[n] for n in k.layout.stack] for path, k in kernels.items()}
+    factors = {path: np.ones(math.prod(sizes)) for path, sizes in stacks.items()}
+    measure = lambda: record.during(lambda: forward(factors))  # noqa: E731
+    records = measure()
     sizes = {path: len(factor) for path, factor in factors.items()}
-    for path, number in taps.in_order(called, seen, sizes):
+    for path, number in layer_hooks.in_order(called, records, sizes):
         for scalings in range(max_iterations + 1):
-            variances = [variance for (variance,) in seen[path]]
-            variance = np.mean(variances) if number is None else variances[number]
-            if not 0 < variance < np.inf:
-                raise error(
-                    f"every layer's output must have a positive finite variance, "
-                    f"got {variance} from {path!r}."
-                )
+            variance = _variance(path, records[path], number)
             if abs(variance - 1) < tolerance:
                 break
             if scalings == max_iterations:
                 raise error(
                     f"max_iterations must suffice for every layer, got "
                     f"{max_iterations} and still the variance {variance:.3g} from "
-                    f"{path!r}; is it its bias's?"
+                    f"{path!r}; is it that of its bias?"
                 )
             factors[path][... if number is None else number] /= math.sqrt(variance)
-            seen = record.during(lambda: forward(factors))
-    new = _scaled(own, kernels, factors)
-    if nnx.is_module(target):
-        return nnx.update(target, new)
-    return linen.with_params(target, new)
+            records = measure()
+    return parameter_info.with_params(target, _scaled(own, kernels, factors))
 
 
-class _Kernel(NamedTuple):
-    path: str
-    stack: tuple[int, ...]  # its sizes
-    axes: tuple[int, ...]  # where they are
+# By the path of a layer, what each kernel of its stack is multiplied by.
+_Factors = Mapping[str, np.ndarray]
 
 
-def _kernels(target: Any) -> dict[str, _Kernel]:
+def _kernels(model: Model) -> dict[str, ParameterInfo]:
     """The kernels by the path of their layer."""
-    tree, known = planning.opened(target)
-    shapes = planning.shapes_of(tree)
-    plans = planning.plans(shapes, known, None, None, None)
-    kernels = {}
-    for path, plan in plans.items():
-        layer, _, name = path.rpartition("/")
-        if name == "kernel" and plan.layout.outputs:
-            stack = tuple(shapes[path][axis] for axis in plan.layout.stack)
-            kernels[layer] = _Kernel(path, stack, plan.layout.stack)
+    infos = parameter_info.found(model)
+    kernels = {
+        info.path.rpartition("/")[0]: info
+        for info in infos
+        if info.path.rpartition("/")[2] == "kernel" and info.layout.outputs
+    }
     if not kernels:
-        raise error(f"the model must have a kernel, got {planning.listed(shapes)}.")
+        found = paths.some([info.path for info in infos])
+        raise error(f"the model must have a kernel, got {found}.")
     return kernels
 
 
-def _scaled(own: Any, kernels: dict[str, _Kernel], factors: dict[str, Any]) -> Any:
+def _variance(path: str, records: list[tuple[float, ...]], number: int | None) -> float:
+    """The variance of a layer's output: of one in a stack, or the mean of all calls."""
+    variances = [std**2 for (std,) in records]
+    variance = float(np.mean(variances)) if number is None else variances[number]
+    if not 0 < variance < math.inf:
+        raise error(
+            f"every layer's output must have a positive finite variance, "
+            f"got {variance} from {path!r}."
+        )
+    return variance
+
+
+def _scaled(
+    params: Tree, kernels: Mapping[str, ParameterInfo], factors: _Factors
+) -> Tree:
     """The parameters with each kernel times its factor, layer by layer of a stack."""
-    by_path = {kernel.path: (kernel, factors[layer])
-               for layer, kernel in kernels.items()}  # fmt: skip
-
-    def times(keys: tuple[Any, ...], leaf: Any) -> Any:
-        path = paths.spell(keys)
-        if path not in by_path:
-            return leaf
-        kernel, factor = by_path[path]
-        sizes = [size if axis in kernel.axes else 1
-                 for axis, size in enumerate(leaf.shape)]  # fmt: skip
-        factor = jnp.asarray(factor, unfolding.wide(leaf.dtype)).reshape(sizes)
-        return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(times, own)
+    leaves, treedef = jax.tree.flatten(params)
+    for path, kernel in kernels.items():
+        leaf, stack = leaves[kernel.place], kernel.layout.stack
+        sizes = [n if axis in stack else 1 for axis, n in enumerate(kernel.shape)]
+        factor = jnp.asarray(factors[path], drawing_dtype(leaf.dtype)).reshape(sizes)
+        leaves[kernel.place] = (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
+    return treedef.unflatten(leaves)

@@ -1,26 +1,33 @@
-"""The signal at initialization: what each layer passes on, and what comes back.
+"""The signal at initialization: each layer's output, and the gradient that comes back.
 
-    forward    y  = layer(x):  mean, variance, share of dead units
-    backward   ∂L/∂y:          mean, variance, share of dead units
+    forward    y  = layer(x):  mean, standard deviation, share of dead units
+    backward   ∂L/∂y:          mean, standard deviation, share of dead units
 
-These are activations and their cotangents, not gradients of parameters. A variance that
-falls or grows by a factor from layer to layer is a network that will not train; a unit
+These are activations and their cotangents, not gradients of parameters. A network whose
+standard deviation falls or grows by a factor from layer to layer will not train; a unit
 whose every cotangent is zero, as behind a dead ReLU, cannot learn.
 """
 
+from __future__ import annotations
+
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip._core import layouts
 from optclip._core.public import error, public
-from optclip.initializers import layer_hooks as taps
-from optclip.initializers import parameter_info as planning
+from optclip._core.types import Tree
+from optclip.initializers import layer_hooks, parameter_info
+from optclip.initializers.layer_hooks import Recorder
+from optclip.initializers.parameter_info import Model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 
 class Moments(NamedTuple):
@@ -28,12 +35,12 @@ class Moments(NamedTuple):
 
     Attributes:
       mean: their mean.
-      variance: their variance.
+      std: their standard deviation.
       dead: the share of units (the last axis) that are zero for every example.
     """
 
     mean: float
-    variance: float
+    std: float
     dead: float
 
 
@@ -57,17 +64,15 @@ class SignalReport(NamedTuple):
         width = max([len(row.layer) for row in self.rows] + [len("layer")])
         lines = [
             f"{'':{width}}{'forward':>32}{'backward':>32}",
-            f"{'layer':{width}}" + f"{'mean':>12}{'variance':>12}{'dead':>8}" * 2,
+            f"{'layer':{width}}" + f"{'mean':>12}{'std':>12}{'dead':>8}" * 2,
         ]
         for layer, *both in self.rows:
-            numbers = [
-                f"{m.mean:12.3g}{m.variance:12.3g}{_share(m.dead):>8}" for m in both
-            ]
+            numbers = [f"{m.mean:12.3g}{m.std:12.3g}{_share(m.dead):>8}" for m in both]
             lines.append(f"{layer:{width}}" + "".join(numbers))
         return "\n".join(lines)
 
-    def plot(self, axes: Any = None) -> Any:
-        """Draws the variances, and below them the shares of dead units.
+    def plot(self, axes: Sequence[Axes] | None = None) -> Figure | SubFigure:
+        """Draws the standard deviations, and below them the shares of dead units.
 
         Args:
           axes: two of matplotlib's Axes, one above the other; a new figure if None.
@@ -81,18 +86,20 @@ class SignalReport(NamedTuple):
             names = max(len(row.layer) for row in self.rows) / 14
             size = (max(6.0, 0.22 * len(self.rows)), 5 + names)
             figure = Figure(figsize=size, layout="constrained")
-            axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+            axes = list(figure.subplots(2, sharex=True, height_ratios=(3, 1)))
         above, below = axes
-        above.set(yscale="log", ylabel="variance", title="Signal, layer by layer")
+        above.set(
+            yscale="log", ylabel="standard deviation", title="Signal, layer by layer"
+        )
         place = np.arange(len(self.rows))
         for number, direction in enumerate(("forward", "backward")):
             moments = [getattr(row, direction) for row in self.rows]
             label = "activation" if direction == "forward" else "its gradient"
             style = {"color": f"C{number}", "label": label, "markersize": 4}
-            variance = np.array([m.variance for m in moments])
-            above.plot(place, np.where(variance > 0, variance, np.nan), "o-", **style)
-            # A variance of zero has no place on a logarithmic axis but its foot.
-            for gone in place[variance == 0]:
+            std = np.array([m.std for m in moments])
+            above.plot(place, np.where(std > 0, std, np.nan), "o-", **style)
+            # A logarithmic axis has no zero: it is shown at the bottom.
+            for gone in place[std == 0]:
                 at = {"xy": (gone, 0.01), "xycoords": above.get_xaxis_transform()}
                 above.annotate("0", **at, color=f"C{number}", ha="center")
             below.plot(place, [m.dead for m in moments], "o-", **style)
@@ -106,15 +113,15 @@ class SignalReport(NamedTuple):
 
 @public
 def signal_report(
-    module: Any, params: Any, batch: Any, loss: Callable[[Any], jax.Array]
+    module: Model, params: Tree, batch: Any, loss: Callable[[Any], jax.Array]
 ) -> SignalReport:
     """Forward and backward signals of every layer, before any training.
 
-        mean, variance and dead units of  y_l  and of  ∂ loss(model(batch)) / ∂ y_l
+        mean, std and dead units of  y_l  and of  ∂ loss(model(batch)) / ∂ y_l
 
     Args:
-      module: an `nnx.Module`, or a Linen module; or a function that runs one, where
-        more than the batch must be said: `(variables, batch)` or `(module, batch)`.
+      module: an `nnx.Module`, or a Linen module; or a function that runs one, where it
+        takes more than the batch: `(variables, batch)` or `(module, batch)`.
       params: Linen's variables, the NNX module for a function, None for a module alone.
       batch: what the model is called with.
       loss: the model's output to a scalar; close over the targets.
@@ -125,7 +132,8 @@ def signal_report(
       every step of a sequence, a shared layer) has the averages over its calls.
 
     Edge cases: a layer whose output does not reach the loss has a gradient of NaN. The
-    numbers are float32, whatever the model's dtype; the module is not changed.
+    numbers are computed in float32, whatever the model's dtype, at a scale where no
+    square under- or overflows; the module is not changed.
 
     Raises:
       ValueError: if module is neither, params are missing, or loss gives no scalar.
@@ -138,28 +146,31 @@ def signal_report(
     >>> report = signal_report(module, params, batch, lambda y: (y**2).mean())
     >>> [row.layer for row in report.rows]
     ['layers_0', 'layers_2']
-    """
-    own, run = taps.opened(module, params)
-    record, called = taps.Recorder(), []
 
-    def tap(path: str, y: jax.Array) -> jax.Array:
+    Glorot & Bengio 2010, https://proceedings.mlr.press/v9/glorot10a.html, figures 6 and
+    7, for both signals.
+    """
+    own, run = layer_hooks.opened(module, params)
+    record, called = Recorder(), []
+
+    def hook(path: str, y: jax.Array) -> jax.Array:
         called.append(path)
         jax.debug.callback(functools.partial(record, path), *_moments(y))
         return y
 
-    def value(own: Any) -> jax.Array:
+    def value(own: Tree) -> jax.Array:
         scalar = loss(run(own, functools.partial(_watched, record), batch))
         if jnp.shape(scalar) != ():
             raise error(f"loss must give a scalar, got shape {jnp.shape(scalar)}.")
         return scalar
 
-    forward = jax.jit(lambda own: run(own, tap, batch))
-    ahead = record.during(lambda: forward(own))
-    back = record.during(lambda: jax.jit(jax.grad(value))(own))
+    forward = jax.jit(lambda own: run(own, hook, batch))
+    outputs = record.during(lambda: forward(own))
+    gradients = record.during(lambda: jax.jit(jax.grad(value))(own))
     rows = []
-    for path, number in taps.in_order(called, ahead, _stacks(own)):
-        # The way back meets the layers of a scan in reverse.
-        calls, returns = ahead[path], back.get(path, [])[::-1]
+    for path, number in layer_hooks.in_order(called, outputs, _stack_sizes(own)):
+        # The backward pass meets the layers of a scan in reverse.
+        calls, returns = outputs[path], gradients.get(path, [])[::-1]
         if len(returns) != len(calls):
             returns = [(math.nan, math.nan, math.nan)] * len(calls)
         if number is None:
@@ -171,48 +182,53 @@ def signal_report(
     return SignalReport(tuple(rows))
 
 
+def mean_and_std(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In float32, with squares taken at the scale of the largest element."""
+    y = y.astype(jnp.float32)
+    largest = jnp.abs(y).max(initial=0)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    y = y / scale[(None,) * y.ndim]
+    return y.mean() * scale, y.std() * scale
+
+
+def _moments(y: jax.Array) -> tuple[jax.Array, ...]:
+    dead = (y == 0).all(tuple(range(y.ndim - 1)))
+    return *mean_and_std(y), dead.astype(jnp.float32).mean()
+
+
 def _share(dead: float) -> str:
     return "–" if np.isnan(dead) else f"{dead:.0%}"
 
 
-def _moments(y: jax.Array) -> tuple[jax.Array, ...]:
-    y = y.astype(jnp.float32)
-    dead = (y == 0).all(tuple(range(y.ndim - 1)))
-    return y.mean(), y.var(), dead.astype(jnp.float32).mean()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _watched(record: taps.Recorder, path: str, y: jax.Array) -> jax.Array:
-    """The same value, whose cotangent is recorded on its way back."""
+def _watched(record: Recorder, path: str, y: jax.Array) -> jax.Array:
+    """The same value, whose cotangent is recorded in the backward pass."""
     return y
 
 
-def _watched_forward(record: Any, path: str, y: jax.Array) -> tuple[jax.Array, None]:
-    return y, None
-
-
-def _watched_backward(record: Any, path: str, _: None, g: jax.Array) -> Any:
+def _watched_backward(
+    record: Recorder, path: str, _: None, g: jax.Array
+) -> tuple[jax.Array]:
     jax.debug.callback(functools.partial(record, path), *_moments(g))
     return (g,)
 
 
-_watched.defvjp(_watched_forward, _watched_backward)
+_watched.defvjp(lambda record, path, y: (y, None), _watched_backward)
 
 
-def _stacks(own: Any) -> dict[str, int]:
-    """How many layers are stacked behind a path, for paths that have stacks."""
-    shapes = planning.shapes_of(own)
-    stacks = {path: layouts.layout(path, shapes).stack for path in shapes}
+def _stack_sizes(params: Tree) -> dict[str, int]:
+    """How many layers are stacked at a path, for paths that have stacks."""
     return {
-        path.rpartition("/")[0]: math.prod(shapes[path][axis] for axis in stack)
-        for path, stack in stacks.items()
-        if stack
+        info.path.rpartition("/")[0]: math.prod(
+            info.shape[n] for n in info.layout.stack
+        )
+        for info in parameter_info.found(params)
+        if info.layout.stack
     }
 
 
 def _averaged(calls: list[tuple[float, ...]]) -> Moments:
-    """Over several calls: the variance of all their elements together."""
-    mean, variance, dead = np.array(calls).T
-    return Moments(
-        float(mean.mean()), float(variance.mean() + mean.var()), float(dead.mean())
-    )
+    """Over several calls: the deviation of all their elements together."""
+    mean, std, dead = np.array(calls).T
+    together = math.hypot(np.sqrt(np.mean(np.square(std))), mean.std())
+    return Moments(float(mean.mean()), together, float(dead.mean()))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip._core import groupings, meshes
+from optclip._core import groupings, meshes, paths
 from optclip._core import groups as blocks
 from optclip._core.groupings import Grouping
 from optclip._core.public import Part, error
@@ -74,7 +74,9 @@ def extent_of(
     Raises:
       ValueError: if groups extend over several leaves.
     """
-    if grouping.label not in (None, groupings.own_path):
+    if not grouping.keeps_state or (
+        grouping.label is not None and grouping != groupings.per_leaf()
+    ):
         raise error(
             "grouping must lie within leaves (per_leaf, per_unit, "
             "per_element), got one whose groups join leaves or examples."
@@ -84,9 +86,11 @@ def extent_of(
     def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:
         if real:
             require_real(path, leaf)
-        mesh = blocks.mesh_axes(grouping, path, leaf, given(path))
+        mesh = blocks.mesh_axes_of(grouping, paths.Leaf(path, leaf), given)
         shape = blocks.on_all_devices(jnp.shape(leaf), mesh)
-        axes = grouping.axes(path, shape, shapes)
+        axes = tuple(range(len(shape)))
+        if grouping.axes is not None:
+            axes = grouping.axes(path, shape, shapes)
         return Extent(axes, mesh)
 
     return extent

@@ -121,7 +121,7 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
     checks.scalar(kappa=kappa)
 
     def init(param: jax.Array) -> jax.Array:
-        axes = meshes.bound(axis_name)
+        axes = axis_name if meshes.bound(axis_name) else ()
         scale = global_norm(param, max_abs, axes).astype(jnp.float32)
         return jnp.where(scale > 0, scale, jnp.inf).reshape(1)
 

@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 
 from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
-from optclip.clipping.thresholds.base import one_more
 from optclip.projections.base import Set
 from optclip.projections.boxes import linf_ball
 from optclip.projections.landing import applied, landing, settled, wide_sum
@@ -193,7 +192,7 @@ def _closing(
         state = init(params) if state is None else state
         if every == 1:
             return projected(updates, state.memory, params), state
-        steps = one_more(state.steps)
+        steps = optax.safe_increment(state.steps)
         updates = jax.lax.cond(
             steps % every == 0,
             lambda: projected(updates, state.memory, params),

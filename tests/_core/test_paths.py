@@ -179,10 +179,10 @@ def test_a_module_called_value_keeps_its_name():
     """Attention has query, key and value; only a wrapper's `.value` is dropped."""
     attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
     state = nnx.state(attention, nnx.Param)
-    nnx_paths = {leaf.path for leaf in _paths.leaves(state)}
-    pure_paths = {leaf.path for leaf in _paths.leaves(nnx.to_pure_dict(state))}
+    nnx_paths = {str(leaf.path) for leaf in _paths.leaves(state)}
+    pure_paths = {str(leaf.path) for leaf in _paths.leaves(nnx.to_pure_dict(state))}
     variables = nn.MultiHeadAttention(2).init(jax.random.key(0), jnp.ones((1, 3, 4)))
-    linen_paths = {leaf.path for leaf in _paths.leaves(variables)}
+    linen_paths = {str(leaf.path) for leaf in _paths.leaves(variables)}
     assert nnx_paths == pure_paths == linen_paths
     assert {"value/kernel", "value/bias", "query/kernel"} <= nnx_paths
     chosen = _paths.leaves(optclip.mask(r"^value/")(state))

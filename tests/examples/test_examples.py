@@ -145,8 +145,8 @@ def test_the_signal_keeps_its_size_or_halves_and_zeros_stay_equal(deep_init):
     assert len(table) == 7
     signal = {name: numbers[0] for name, (numbers, *_) in table.items()}
     assert 0.1 < signal["He, ReLU"] < 10 and 0.9 < signal["LSUV, ReLU"] < 1.1
-    # Each ReLU halves it.
-    assert signal["Xavier, ReLU"] < 0.1 * signal["He, ReLU"]
+    # Each ReLU halves its square.
+    assert signal["Xavier, ReLU"] ** 2 < 0.1 * signal["He, ReLU"] ** 2
     loss = {name: numbers[2] for name, (numbers, *_) in table.items()}
     assert loss["He, ReLU"] < loss["Xavier, ReLU"] < 2.31
     assert loss["Xavier, 2 layers"] < 2 < loss["zeros, 2 layers"]

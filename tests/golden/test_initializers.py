@@ -78,6 +78,12 @@ def test_gains_are_pytorchs():
         assert initializers.gain(name) == pytest.approx(value, rel=1e-12), name
 
 
+def test_gain_knows_all_of_pytorchs_names():
+    for name in ("linear", "sigmoid", *(f"conv{n}d" for n in (1, 2, 3))):
+        assert initializers.gain(name) == 1
+    assert all(initializers.gain(f"conv_transpose{n}d") == 1 for n in (1, 2, 3))
+
+
 def test_another_law_is_told_apart():
     # Xavier's in the place of PyTorch's default: the comparison above can fail.
     case = next(case for case in CASES.values() if case["name"] == "Linear.weight")

@@ -1,6 +1,7 @@
 """Every preset's law on every layout: mean, variance, whole distribution, bounds."""
 
 import functools
+import inspect
 import math
 
 import jax
@@ -11,6 +12,7 @@ from scipy import stats
 
 from optclip import initializers
 from optclip.initializers import (
+    Preset,
     delta_orthogonal,
     dirac,
     flax_default,
@@ -123,13 +125,13 @@ SCALING = {
 
 
 @pytest.mark.parametrize("path", LAYERS)
-@pytest.mark.parametrize("preset", SCALING, ids=lambda preset: preset.name)
+@pytest.mark.parametrize("preset", SCALING, ids=repr)
 def test_scaling_presets_are_right_on_every_layout(preset, path):
     _, _, fan_in, fan_out = LAYERS[path]
     check_law(drawn(preset, path), SCALING[preset](fan_in, fan_out))
 
 
-@pytest.mark.parametrize("preset", SCALING, ids=lambda preset: preset.name)
+@pytest.mark.parametrize("preset", SCALING, ids=repr)
 def test_embeddings_have_rows_of_unit_length_and_biases_are_zero(preset):
     for path in EMBEDDINGS:
         check_law(drawn(preset, path), of_normal(1 / 64))
@@ -146,7 +148,7 @@ ANY_SHAPE = {
 
 
 @pytest.mark.parametrize("path", ["dense/kernel", "a/query/kernel", "e/embedding"])
-@pytest.mark.parametrize("preset", ANY_SHAPE, ids=lambda preset: preset.name)
+@pytest.mark.parametrize("preset", ANY_SHAPE, ids=repr)
 def test_laws_that_read_no_fans(preset, path):
     check_law(drawn(preset, path), ANY_SHAPE[preset])
 
@@ -274,6 +276,23 @@ def test_sparse_silences_the_same_number_of_inputs_of_every_output(path):
     assert len({tuple(np.flatnonzero(column)) for column in values.T}) > 1
 
 
+def test_complex_truncated_normal():
+    for corrected in (True, False):
+        preset = truncated_normal(0.02, corrected)
+        values = np.asarray(preset(jax.random.key(0), (200, 200), jnp.complex64))
+        assert values.dtype == np.complex64
+        within = 0.02 / np.sqrt(1 - 4 * np.exp(-4) / (1 - np.exp(-4)))
+        scale = within if corrected else 0.02
+        assert abs(values).max() <= 2 * scale * (1 + 1e-6)
+        # Squared, a modulus is exponential until it is cut; every angle is as likely.
+        cut = stats.truncexpon(4, scale=scale**2)
+        assert stats.kstest(abs(values.ravel()) ** 2, cut.cdf).pvalue > 1e-4
+        uniform = stats.uniform(-np.pi, 2 * np.pi)
+        assert stats.kstest(np.angle(values.ravel()), uniform.cdf).pvalue > 1e-4
+        if corrected:
+            assert np.sqrt((abs(values) ** 2).mean()) == pytest.approx(0.02, rel=0.01)
+
+
 def test_sparse_at_its_ends():
     key = jax.random.key(0)
     assert not sparse(1.0)(key, (8, 4)).any()
@@ -314,12 +333,14 @@ def test_framework_defaults():
 
 
 def test_every_preset_of_the_namespace_is_drawn_here_or_in_the_recipes():
+    public = {getattr(initializers, name): name for name in initializers.__all__}
     factories = {
         name
-        for name, value in vars(initializers).items()
-        if getattr(value, "__annotations__", {}).get("return") is initializers.Preset
+        for value, name in public.items()
+        if inspect.isfunction(value)
+        and inspect.signature(value, eval_str=True).return_annotation is Preset
     }
-    here = {preset.name for preset in (*SCALING, *ANY_SHAPE)}
+    here = {repr(preset).partition("(")[0] for preset in (*SCALING, *ANY_SHAPE)}
     here |= {"zeros", "sparse", "identity", "dirac", "orthogonal", "delta_orthogonal"}
     here |= {"torch_default", "flax_default", "keras_default"}
     recipes = {"gpt2", "vit", "resnet", "dcgan", "ppo", "mup", "zero_last"}

@@ -184,5 +184,5 @@ def test_zero_last():
 
 def test_presets_are_joined():
     joined = he_normal() | zero_last()
-    assert isinstance(joined, Preset) and joined.name == "he_normal"
+    assert isinstance(joined, Preset) and repr(joined) == "he_normal() | zero_last()"
     assert not joined["policy_head"](KEY, (3, 3)).any()

@@ -1,8 +1,10 @@
 """A finished model drawn anew: keys, both Flax APIs, what stays, and bad input."""
 
 import hashlib
+import pickle
 import subprocess
 import sys
+from typing import NamedTuple
 
 import chex
 import flax.core
@@ -268,12 +270,13 @@ def test_equinox_and_plain_trees():
 def test_rules():
     tree = {n: {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)} for n in "abcd"}
     half = jax.nn.initializers.constant(0.5)
-    rules = {"a/": None, "b/kernel": "head", "c/": zeros(), "d/": half}
+    # The first that is found counts.
+    rules = {"a/": None, "b/kernel": "head", "c/": zeros(), "d/": half, "": half}
     preset = he_normal() | {"head": normal(3.0)["kernel"]}
     new = redraw(tree, preset, KEY, rules=rules)
     chex.assert_trees_all_equal(new["a"], tree["a"])
     assert new["b"]["kernel"].std() == pytest.approx(3, rel=0.1)
-    assert not new["b"]["bias"].any()
+    assert (new["b"]["bias"] == 0.5).all()
     assert not new["c"]["kernel"].any()
     assert (new["d"]["kernel"] == 0.5).all() and (new["d"]["bias"] == 0.5).all()
 
@@ -295,7 +298,53 @@ def test_importing_optclip_imports_no_flax():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-# Doors: a layer that is being built.
+def test_parameters_that_spell_alike_are_told_apart_by_their_place():
+    def layer(size):
+        return {"kernel": jnp.ones((size, 8)), "bias": jnp.ones(8)}
+
+    flat = {f"a/{name}": value for name, value in layer(4).items()}
+    tree = {**flat, "a": layer(25), "b": layer(4)}
+    new = redraw(tree, torch_default(), KEY)
+    # Each bias has its own kernel's fan-in.
+    assert 0.25 < abs(new["a/bias"]).max() <= 0.5 and abs(new["a"]["bias"]).max() <= 0.2
+    key = "['a']['kernel']"
+    found = roles_of(tree)
+    assert found[key].fan_in == 25 and found["['a/kernel']"].fan_in == 4
+    assert len(found) == 6
+    # Another layer, whose name is its own, draws as before.
+    np.testing.assert_array_equal(
+        new["b"]["kernel"], redraw({"b": layer(4)}, torch_default(), KEY)["b"]["kernel"]
+    )
+    ranks = {"a/kernel": jnp.ones((4, 8)), "a": {"kernel": jnp.ones((3, 3, 5, 8))}}
+    assert {role.fan_in for role in roles_of(ranks).values()} == {4, 45}
+    # Rules match the spelled path.
+    kept = redraw(tree, torch_default(), KEY, rules={"^a/kernel": None})
+    assert (kept["a/kernel"] == 1).all() and (kept["a"]["kernel"] == 1).all()
+
+
+def test_equal_parameters_that_spell_alike_draw_different_numbers():
+    kernel = jnp.ones((8, 8))
+    for tree in (
+        {"a/kernel": kernel, "a": {"kernel": kernel}},
+        {"params": {"w": kernel}, "w": kernel},
+    ):
+        drawn = [
+            np.asarray(leaf) for leaf in jax.tree.leaves(redraw(tree, normal(), KEY))
+        ]
+        assert len({leaf.tobytes() for leaf in drawn} | {kernel.tobytes()}) > len(drawn)
+
+
+def test_a_field_named_value_keeps_its_name():
+    class Attention(NamedTuple):
+        query: jax.Array
+        value: jax.Array
+
+    found = roles_of({"kernel": Attention(*(jnp.ones((4, 4)) for _ in range(2)))},
+                     rules={"query$|value$": "kernel"})  # fmt: skip
+    assert set(found) == {"kernel/query", "kernel/value"}
+
+
+# Layers that are being built.
 
 
 def test_linen_layers():
@@ -337,6 +386,22 @@ def test_the_kernel_of_a_preset_is_a_jax_initializer():
     )
 
 
+def test_presets_are_parts():
+    assert repr(he_normal()) == "he_normal()"
+    assert repr(gpt2(12, stddev=0.1)) == "gpt2(12, stddev=0.1)"
+    assert he_normal() == he_normal() != he_normal("tanh")
+    assert hash(he_normal()) == hash(he_normal())
+    joined = he_normal() | {"head": zeros()}
+    assert repr(joined) == "he_normal() | {'head': zeros()}"
+    assert joined == he_normal() | {"head": zeros()} != he_normal() | {"bias": zeros()}
+    assert joined != he_normal() and hash(joined) == hash(joined | {})
+    for preset in (joined, zero_last(torch_default()), ppo(0.1) | zero_last()):
+        again = pickle.loads(pickle.dumps(preset))
+        assert again == preset and repr(again) == repr(preset)
+        drawn = [p["head"](KEY, (4, 3), jnp.float32) for p in (preset, again)]
+        np.testing.assert_array_equal(*drawn)
+
+
 # Bad input.
 
 DENSE = {"fc/kernel": jnp.ones((4, 3)), "fc/bias": jnp.ones(3)}
@@ -374,7 +439,7 @@ def bad(call, *words):
         (lambda: gain(jnp.sum), ["gain: activation", "elementwise", "()"]),
         (lambda: gain(jnp.zeros_like), ["gain: activation", "0.0"]),
         (lambda: gain("relu", negative_slope=0.1), ["gain: negative_slope", "relu"]),
-        (lambda: he_normal()["kernl"], ["he_normal: role", "'kernel'", "'kernl'"]),
+        (lambda: he_normal()["kernl"], ["he_normal(): role", "'kernel'", "'kernl'"]),
         (lambda: he_normal() | {"haed": zeros()}, ["role", "'head'", "'haed'"]),
         (lambda: he_normal()(KEY, (3,)), ["he_normal: shape", "(3,)", "fans"]),
         (lambda: sparse(0.5)(KEY, (3,)), ["sparse: shape", "(3,)"]),
@@ -419,23 +484,39 @@ def test_bad_presets(call, words):
         ((he_normal(), KEY, {"fc": "kernl"}), ["role", "'kernel'", "'kernl'"]),
         ((he_normal(), KEY, {"fc": 3}), ["redraw: rules", "3"]),
         ((he_normal(), KEY, {"": None}), ["redraw: some parameter must have a role"]),
-        ((he_normal(), KEY, {"bias": "kernel"}), ["he_normal: shape", "(3,)"]),
+        (
+            (he_normal(), KEY, {"bias": "kernel"}),
+            ["redraw: cannot draw 'fc/bias'", "rules['bias']", "he_normal: shape"],
+        ),
         ((he_normal(), KEY, {}, {"y": "io"}), ["layouts", "'y'", "fc/kernel"]),
         ((he_normal(), KEY, {}, {"fc": "iox"}), ["'iox'", "fc/kernel", "(4, 3)"]),
         ((he_normal(), KEY, {}, {"fc": "io/2"}), ["parts", "2", "(4, 3)"]),
         ((he_normal(), KEY, {}, {"fc": "io/-2"}), ["layouts", "'io/-2'"]),
         ((he_normal(), KEY, {}, {}, "z"), ["stacked", "'z'", "fc/kernel"]),
-        ((gpt2(2),), ["gpt2: the model", "residual_out", "rules"]),
-        ((ppo(),), ["ppo: the model", "policy_head", "rules"]),
-        ((mup(64),), ["mup: the model", "head", "rules"]),
-        ((resnet(True),), ["resnet: the model", "residual_scale"]),
-        ((zero_last(),), ["zero_last: the model", "head or residual_out"]),
+        ((gpt2(2),), ["redraw: the model", "gpt2(2)", "residual_out", "rules"]),
+        ((ppo(),), ["redraw: the model", "ppo()", "policy_head", "rules"]),
+        ((mup(64),), ["redraw: the model", "mup(64)", "head", "rules"]),
+        ((resnet(True),), ["redraw: the model", "resnet(True)", "residual_scale"]),
+        ((zero_last(),), ["redraw: the model", "zero_last()", "head or residual_out"]),
     ],
 )
 def test_bad_redraws(arguments, words):
     preset, key, *more = (*arguments, KEY)[: max(2, len(arguments))]
     names = dict(zip(("rules", "layouts", "stacked"), more, strict=False))
     bad(lambda: redraw(DENSE, preset, key, **names), *words)
+
+
+def test_errors_name_the_parameter_and_the_rule():
+    # The rule is meant for the kernel, and matches the bias too.
+    tree = {"actor": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
+    rules = {"actor": "policy_head"}
+    words = "redraw", "'actor/bias'", "'policy_head'", "rules['actor']", "(2,)"
+    bad(lambda: redraw(tree, ppo(), KEY, rules=rules), *words)
+    # An initializer of the user's, and a dtype that a distribution lacks.
+    he = jax.nn.initializers.he_normal()
+    bad(lambda: redraw(tree, ppo(), KEY, rules={"s$": he}), "'actor/bias'", "['s$']")
+    wavy = {"kernel": jnp.ones((4, 2), jnp.complex64)}
+    bad(lambda: redraw(wavy, uniform(), KEY), "'kernel'", "uniform: ", "complex64")
 
 
 def test_bad_models():

@@ -8,7 +8,15 @@ from flax import linen as nn
 from flax import nnx
 
 from optclip._core import paths as _paths
-from optclip.initializers import he_normal, lsuv, redraw, signal_report, zeros
+from optclip.initializers import (
+    he_normal,
+    lsuv,
+    normal,
+    redraw,
+    signal_report,
+    zeros,
+)
+from optclip.initializers.signal_report import mean_and_std
 
 from .models import LAYERS, TEXT, NnxTransformer, Transformer
 
@@ -56,7 +64,7 @@ def by_hand(params):
 def check(row, arrays):
     for moments, array in zip((row.forward, row.backward), arrays, strict=True):
         assert moments.mean == pytest.approx(float(array.mean()), rel=1e-4, abs=1e-7)
-        assert moments.variance == pytest.approx(float(array.var()), rel=1e-4)
+        assert moments.std == pytest.approx(float(array.std()), rel=1e-4)
         dead = np.mean((np.asarray(array) == 0).all(0))
         assert moments.dead == pytest.approx(dead)
 
@@ -91,7 +99,7 @@ def test_the_table_and_the_picture(params, tmp_path):
     Figure = pytest.importorskip("matplotlib.figure").Figure
     report = signal_report(Linen(), params["params"], X, mean_square)
     lines = str(report).splitlines()
-    assert lines[1].split() == ["layer", *["mean", "variance", "dead"] * 2]
+    assert lines[1].split() == ["layer", *["mean", "std", "dead"] * 2]
     assert lines[2].startswith("first") and lines[2].endswith("6%")
     figure = report.plot()
     assert isinstance(figure, Figure)
@@ -102,11 +110,23 @@ def test_the_table_and_the_picture(params, tmp_path):
     assert report.plot(own) is own[0].figure
 
 
+def test_a_layer_with_parameters_and_layers_of_its_own_has_a_row():
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.param("scale", nn.initializers.constant(3.0), ())
+            return scale * nn.Dense(8, name="dense")(x)
+
+    report = signal_report(Scaled(), Scaled().init(KEY, X), X, mean_square)
+    rows = {row.layer: row.forward.std for row in report.rows}
+    assert rows["(model)"] == pytest.approx(3 * rows["dense"], rel=1e-5)
+
+
 def test_zeros_show_in_the_report(params):
     dead = redraw(params, zeros(), KEY)
     report = signal_report(Linen(), dead, X, lambda y: mean_square(y - 1))
     first, last = report.rows
-    assert first.forward.variance == 0 and last.forward.dead == 1
+    assert first.forward.std == 0 and last.forward.dead == 1
     assert first.backward.dead == 1 and last.backward.dead == 0
     pytest.importorskip("matplotlib")
     report.plot()
@@ -121,15 +141,15 @@ def test_each_layer_of_a_scanned_stack_has_a_row(api):
     report = signal_report(module, held, TEXT, mean_square)
     rows = {row.layer: row for row in report.rows}
     for i in range(LAYERS):
-        assert rows[f"blocks/c_proj[{i}]"].backward.variance > 0
-        assert rows[f"blocks/norm_0[{i}]"].forward.variance == pytest.approx(1, abs=0.1)
+        assert rows[f"blocks/c_proj[{i}]"].backward.std > 0
+        assert rows[f"blocks/norm_0[{i}]"].forward.std == pytest.approx(1, abs=0.1)
     order = [row.layer for row in report.rows]
     assert order.index("blocks/c_proj[0]") < order.index("blocks/fc[1]")
-    assert rows["token.attend"].backward.variance > 0
+    assert rows["token.attend"].backward.std > 0
     assert "token" in rows and "position" in rows
 
 
-def test_the_way_back_through_a_scan_is_numbered_as_the_way_there():
+def test_gradients_of_a_scanned_stack_are_numbered_like_its_outputs():
     class Layer(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -145,11 +165,70 @@ def test_the_way_back_through_a_scan_is_numbered_as_the_way_there():
         X,
         lambda y: jnp.sum(y * X),
     ).rows
-    # There: all factors up to the layer's own. Back: all that come behind it.
+    # Forward: all factors up to the layer's own. Backward: all that follow it.
     for row, there, back in zip(rows, (1, 10, 1000), (1000, 100, 1), strict=True):
-        variance = float(X.var())
-        assert row.forward.variance == pytest.approx(there**2 * variance, rel=1e-4)
-        assert row.backward.variance == pytest.approx(back**2 * variance, rel=1e-4)
+        std = float(X.std())
+        assert row.forward.std == pytest.approx(there * std, rel=1e-4)
+        assert row.backward.std == pytest.approx(back * std, rel=1e-4)
+
+
+class Deep(nn.Module):
+    """Thirty tanh layers of 64, the first of which is called first."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(30):
+            x = nn.tanh(nn.Dense(64)(x))
+        return x
+
+
+def test_gradients_whose_square_underflows_are_reported():
+    batch = jax.random.normal(KEY, (16, 64))
+    params = redraw(jax.eval_shape(Deep().init, KEY, batch), normal(0.02), KEY)
+    first = signal_report(Deep(), params, batch, jnp.sum).rows[0].backward
+    # By hand, in float64.
+    kernels = [np.float64(params["params"][f"Dense_{i}"]["kernel"]) for i in range(30)]
+    outputs, x = [], np.float64(batch)
+    for kernel in kernels:
+        outputs.append(x := np.tanh(x @ kernel))
+    gradient = 1 - outputs[-1] ** 2
+    for kernel, y in zip(kernels[:0:-1], outputs[-2::-1], strict=True):
+        gradient = (1 - y**2) * (gradient @ kernel.T)
+    assert 0 < gradient.var() < 1e-40
+    assert first.std == pytest.approx(gradient.std(), rel=1e-3)
+    assert first.mean == pytest.approx(gradient.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e37])
+def test_moments_at_any_scale(size):
+    values = np.float64(X) + 0.3
+    mean, std = mean_and_std(jnp.asarray(size * values, jnp.float32))
+    assert float(mean) == pytest.approx(size * values.mean(), rel=1e-5)
+    assert float(std) == pytest.approx(size * values.std(), rel=1e-5)
+
+
+def test_lsuv_scales_kernels_whose_outputs_square_to_zero(params):
+    tiny = jax.tree.map(lambda leaf: 1e-25 * leaf, redraw(params, he_normal(), KEY))
+    for layer, variance in variances(Linen(), lsuv(Linen(), X, tiny), X).items():
+        assert variance == pytest.approx(1, abs=0.1), layer
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_layers_inside_other_transforms_of_a_scan_are_recorded(lift):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8, name="dense")(x), None
+
+    split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    module = nn.scan(lift(Layer), length=3, **split)()
+    rows = signal_report(
+        lambda v, x: module.apply(v, x, None)[0],
+        module.init(KEY, X, None),
+        X,
+        mean_square,
+    ).rows
+    assert [row.layer for row in rows] == [f"dense[{i}]" for i in range(3)]
 
 
 def test_a_layer_that_is_called_often_is_averaged():
@@ -161,8 +240,8 @@ def test_a_layer_that_is_called_often_is_averaged():
     # Five steps of an input gate are one product.
     kernel = module.init(KEY, batch)["params"]["cell"]["in"]["kernel"]
     row = report.rows[names.index("cell/in")]
-    variance = jnp.var(batch @ kernel)
-    assert row.forward.variance == pytest.approx(float(variance), rel=1e-3)
+    std = jnp.std(batch @ kernel)
+    assert row.forward.std == pytest.approx(float(std), rel=1e-3)
 
 
 def test_what_does_not_reach_the_loss_has_no_gradient():
@@ -179,13 +258,13 @@ def test_what_does_not_reach_the_loss_has_no_gradient():
         signal_report(Aside(nnx.Rngs(0)), None, X, mean_square).rows,
         key=lambda row: row.layer == "aside",
     )
-    assert np.isnan(aside.backward.variance) and aside.forward.variance > 0
-    assert used.backward.variance > 0
+    assert np.isnan(aside.backward.std) and aside.forward.std > 0
+    assert used.backward.std > 0
 
 
 def variances(module, held, batch):
     report = signal_report(module, held, batch, mean_square)
-    return {row.layer: row.forward.variance for row in report.rows}
+    return {row.layer: row.forward.std**2 for row in report.rows}
 
 
 @pytest.mark.parametrize("key", [None, jax.random.key(1)])

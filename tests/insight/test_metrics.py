@@ -1,5 +1,7 @@
 """What `ClipMetrics` says of each step, and that `metrics` finds it anywhere."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -85,10 +87,12 @@ def test_size_limit_and_fraction(grouping, updates, limit, size, fraction):
 
 
 def test_per_element_reports_counters_only():
+    """What it never has is None in the state, and no key for a logger."""
     tx = clip(5.0, groupings.per_element())
     numbers = seen(tx, GRADS, jax.tree.map(lambda x: 0.1 * x, GRADS))
-    assert np.isnan([numbers[name] for name in FIELDS[:3]]).all()
-    assert [numbers[name] for name in FIELDS[3:]] == [2, 1, 0]
+    assert numbers == {"steps": 2, "clipped_steps": 1, "nonfinite_steps": 0}
+    state = tx.init(GRADS).metrics
+    assert state.size is state.limit is state.clipped_fraction is None
     spoiled = {**GRADS, "b": jnp.array([jnp.inf, 0.0])}
     assert seen(tx, GRADS, spoiled)["nonfinite_steps"] == 1
 
@@ -158,12 +162,52 @@ def test_the_measure_is_the_rules_own():
     assert seen(by_rms, GRADS)["size"] == pytest.approx(50**0.5)
 
 
-def test_no_limit_is_infinity():
-    numbers = seen(optclip.monitor(), GRADS)
-    assert (numbers["limit"], numbers["clipped_fraction"]) == (np.inf, 0.0)
-    assert numbers["size"] == pytest.approx(104**0.5)
-    per_leaf = seen(optclip.monitor(grouping=groupings.per_leaf()), GRADS)
-    assert per_leaf["size"] == 10.0
+@pytest.mark.parametrize(
+    ("grouping", "size"), [(groupings.whole(), 104**0.5), (groupings.per_leaf(), 10.0)]
+)
+def test_monitor_has_no_limit(grouping, size):
+    numbers = seen(optclip.monitor(grouping=grouping), GRADS)
+    assert "limit" not in numbers
+    assert numbers["clipped_fraction"] == 0.0
+    assert numbers["size"] == pytest.approx(size)
+
+
+def test_a_limit_of_infinity_shows_as_the_largest_number():
+    """So that no arithmetic on states makes NaN, and JSON takes it."""
+    numbers = seen(clip(jnp.inf), GRADS)
+    assert numbers["limit"] == float(jnp.finfo(jnp.float32).max)
+    assert numbers["clipped_fraction"] == 0.0
+
+
+RULES = {
+    name: getattr(optclip, name)
+    for name in ("adagc", "autoclip", "norm_growth_clip", "quantile_clip", "spike_clip",
+                 "zclip", "second_moment_clip", "adaptive_grad_clip", "monitor")
+} | {
+    "clip_by_global_norm": lambda: optclip.clip_by_global_norm(1.0),
+    "inf": lambda: optclip.clip_by_norm(jnp.inf),
+    "per_element": lambda: clip(1.0, groupings.per_element()),
+    "skip_step": lambda: optclip.skip_step(
+        optax.chain(optclip.monitor(), optax.sgd(0.1)), jnp.inf
+    ),
+    "sam": lambda: optax.contrib.sam(
+        optax.chain(optclip.spike_clip(), optax.sgd(0.1)),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.1)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("standard")
+@pytest.mark.parametrize("name", RULES)
+def test_loggers_take_it(name):
+    """Finite numbers, before and after the first steps."""
+    tx = RULES[name]()
+    state = tx.init(GRADS)
+    for _ in range(3):
+        found = metrics(state)
+        assert found and None not in found.values()
+        json.dumps({key: float(value) for key, value in found.items()}, allow_nan=False)
+        _, state = tx.update(GRADS, state, GRADS)
 
 
 def test_a_limit_of_zero():
@@ -313,6 +357,75 @@ def test_a_name_may_hold_the_separator_of_others():
     assert "clip/first.size" in metrics(tx.init(GRADS), separator=".")
 
 
+def test_names_that_spell_alike_are_told_apart():
+    inner = optax.named_chain(("first", clip(4.0)))
+    state = optax.named_chain(("clip/first", one()), ("clip", inner)).init(GRADS)
+    found = metrics(state)
+    assert len(found) == 2 * len(FIELDS)
+    assert {key for key in found if key.endswith("size")} == {
+        "['clip/first'].size", "['clip']['first'].size",
+    }  # fmt: skip
+
+
+# Short names.
+
+OURS = {
+    "alone": (one(), [""]),
+    "chain": (optax.chain(optax.scale(1.0), one(), optax.sgd(0.1)), [""]),
+    "nested": (optax.chain(optax.chain(optax.masked(one(), True))), [""]),
+    "MultiSteps": (optax.MultiSteps(one(), 1).gradient_transformation(), [""]),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(optclip.clip_by_global_norm)(max_norm=5.0), [""],
+    ),
+    "named_chain": (
+        optax.named_chain(("first", one()), ("sgd", optax.sgd(0.1)), ("last", one())),
+        ["first/", "last/"],
+    ),
+    "chain in named_chain": (
+        optax.named_chain(("only", optax.chain(optax.scale(1.0), one()))), ["only/"],
+    ),
+    "partition": (
+        optax.partition({"x": one(), "y": optax.chain(optax.sgd(0.1), one())}, LABELS),
+        ["x/", "y/"],
+    ),
+    "none": (optax.sgd(0.1), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tx", "prefixes"), OURS.values(), ids=OURS)
+def test_short_names_are_those_that_users_gave(tx, prefixes):
+    """So that a dashboard's keys outlive a change of the chain."""
+    state = tx.init(GRADS)
+    wanted = [prefix + field for prefix in prefixes for field in FIELDS]
+    assert list(metrics(state, short=True)) == wanted
+    assert list(metrics(state).values()) == list(metrics(state, short=True).values())
+    dotted = [key.replace("/", ".") for key in wanted]
+    assert list(metrics(state, separator=".", short=True)) == dotted
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(one(), optax.sgd(0.1), one()),
+        optax.named_chain(("all", optax.chain(one(), one()))),
+        optclip.skip_step(one(), 1.0),
+    ],
+    ids=["chain", "named_chain", "a clip in skip_step"],
+)
+def test_short_names_never_hide_one_of_two(tx):
+    with pytest.raises(
+        ValueError, match=r"^metrics: short must be False where keys of"
+    ):
+        metrics(tx.init(GRADS), short=True)
+
+
+def test_short_names_of_skip_step():
+    state = optclip.skip_step(optax.sgd(0.1), 1.0, value_threshold=2.0).init(GRADS)
+    own = ["skipped_steps", "consecutive_skips"]
+    loss = [f"value_watch/{field}" for field in FIELDS]
+    assert list(metrics(state, short=True)) == [*FIELDS, *loss, *own]
+
+
 def test_in_a_linen_train_state():
     tx = optax.chain(one(), optax.sgd(0.1))
     state = TrainState.create(apply_fn=None, params=GRADS, tx=tx)
@@ -342,7 +455,16 @@ def test_in_an_nnx_optimizer(wrapped):
         assert all(isinstance(value, jax.Array) for value in found.values())
         assert found[prefix + "size"] == 12.0
     assert found[prefix + "steps"] == 2
+    assert list(metrics(optimizer)) == [f"opt_state/{key}" for key in found]
+    assert list(metrics(optimizer, short=True)) == list(FIELDS)
     assert metrics(nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param).opt_state) == {}
+
+
+def test_an_nnx_state_has_lost_the_types():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, one(), wrt=nnx.Param)
+    with pytest.raises(ValueError, match=r"call metrics\(optimizer.opt_state\)"):
+        metrics(nnx.state(optimizer))
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,51 @@ def test_paths_and_separator():
     assert list(jax.jit(leaf_norms)(leaves)) == ["Dense_0/kernel", "x/0"]
 
 
+@pytest.mark.parametrize(
+    ("tree", "wanted"),
+    [
+        ({"a/b": 3.0, "a": {"b": 4.0}}, {"['a/b']": 3.0, "['a']['b']": 4.0}),
+        (
+            {"params": {"w": 3.0}, "w": 4.0, "v": 5.0},
+            {"['params']['w']": 3.0, "['w']": 4.0, "v": 5.0},
+        ),
+        ({"a.b": 3.0, "a": {"b": 4.0}}, {"a.b": 3.0, "a/b": 4.0}),
+    ],
+)
+def test_leaves_that_spell_alike_are_two(tree, wanted):
+    leaves = jax.tree.map(lambda x: jnp.array([x]), tree)
+    for function in (leaf_norms, jax.jit(leaf_norms)):
+        assert {k: float(v) for k, v in function(leaves).items()} == wanted
+    assert set(leaf_norms(leaves, top=9)) == set(wanted)
+
+
+def test_a_separator_that_is_in_a_name():
+    leaves = {"a.b": jnp.array([3.0]), "a": {"b": jnp.array([4.0])}}
+    norms = leaf_norms(leaves, separator=".")
+    assert norms == {"['a.b']": 3.0, "['a']['b']": 4.0}
+    assert leaf_norms({"a/b": {"c": jnp.array([3.0])}}, separator=".") == {"a/b.c": 3.0}
+
+
+needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs a mesh")
+
+
+@needs_devices
+@pytest.mark.parametrize(
+    ("averaged", "axis_name", "norm"),
+    [(True, None, 3.0), (True, "batch", 6.0), (False, "batch", 6.0)],
+)
+def test_under_pmap_a_name_is_what_leaves_extend_over(averaged, axis_name, norm):
+    """Averaged gradients are whole on each of four: a name makes the norm √4 times."""
+
+    def size(gradient):
+        if averaged:
+            gradient = jax.lax.pmean(gradient, "batch")
+        return global_norm(gradient, axis_name=axis_name)
+
+    found = jax.pmap(size, axis_name="batch", devices=jax.devices()[:4])
+    np.testing.assert_array_equal(found(jnp.full((4, 1), 3.0)), [norm] * 4)
+
+
 def test_top_takes_the_largest_first():
     leaves = {"a": jnp.array([2.0]), "b": jnp.array([9.0]), "c": jnp.array([4.0])}
     assert list(leaf_norms(leaves, top=2)) == ["b", "c"]
@@ -180,7 +225,7 @@ def test_top_takes_the_largest_first():
 
 @pytest.mark.parametrize("top", [0, -1, 1.0, True, "2"])
 def test_a_senseless_top_raises(top):
-    with pytest.raises(ValueError, match=r"leaf_norms: top must be a positive integer"):
+    with pytest.raises(ValueError, match=r"leaf_norms: top must be an integer of at"):
         leaf_norms({"a": jnp.ones(1)}, top=top)
 
 

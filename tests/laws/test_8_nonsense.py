@@ -252,17 +252,29 @@ FACTORIES = {
         lambda: optclip.per_example_layer_norm_clip(jnp.ones((2, 3)), "1"),
         "per_example_layer_norm_clip: global_l2_norm_clip must be a non-negative",
     ),
+    "per_example-schedule": (
+        lambda: optclip.per_example_global_norm_clip(
+            jnp.ones((2, 3)), lambda step: 1.0
+        ),
+        "per_example_global_norm_clip: l2_norm_clip must be a non-negative number, got",
+    ),
+    "per_example-keys": (
+        lambda: optclip.per_example_layer_norm_clip(
+            {"a": jnp.ones((2, 3)), "k": jax.random.split(jax.random.key(0))}, 1.0
+        ),
+        ("per_example_layer_norm_clip: grads must be numbers, got random keys at 'k'."),
+    ),
     "global_norm": (
         lambda: optclip.global_norm(ones(), measure="l2"),
         "global_norm: measure must be a Measure of optclip, got 'l2'.",
     ),
     "top-zero": (
         lambda: optclip.leaf_norms(ones(), top=0),
-        "leaf_norms: top must be a positive integer, got 0.",
+        "leaf_norms: top must be an integer of at least 1, got 0.",
     ),
     "top-bool": (
         lambda: optclip.leaf_norms(ones(), top=True),
-        "leaf_norms: top must be a positive integer, got True.",
+        "leaf_norms: top must be an integer of at least 1, got True.",
     ),
     "top-jit": (
         lambda: jax.jit(lambda tree: optclip.leaf_norms(tree, top=1))(ones()),
@@ -483,9 +495,47 @@ MISMATCHED = {
         lambda: optclip.skip_step(None, 1.0),
         "skip_step: inner must be an optimizer, got None.",
     ),
+    "skip_step-value": (
+        lambda: optclip.skip_step(optax.sgd(1.0), 1.0, value_threshold=1.0).update(
+            NESTED, None
+        ),
+        "skip_step: value must be given to update beside a value_threshold, got none",
+    ),
+    "skip_step-value-string": (
+        lambda: optclip.skip_step(optax.sgd(1.0), 1.0, value_threshold=1.0).update(
+            NESTED, None, value="1.0"
+        ),
+        "skip_step: value must be a real number, got '1.0'.",
+    ),
+    "skip_step-value-vector": (
+        lambda: optclip.skip_step(optax.sgd(1.0), 1.0, value_threshold=1.0).update(
+            NESTED, None, value=jnp.ones(2)
+        ),
+        "skip_step: value must be a scalar, got an array of shape (2,).",
+    ),
     "adopt_state-tx": (
         lambda: optclip.adopt_state(optclip.clip(1.0), ()),
         "adopt_state: new_state must be a state, as tx.init(params) gives, got a ",
+    ),
+    "adopt_state-old-tx": (
+        lambda: optclip.adopt_state((), optclip.clip(1.0)),
+        "adopt_state: old_state must be a state, as tx.init(params) gives, got a ",
+    ),
+    "adopt_state-nothing": (
+        lambda: optclip.adopt_state(optax.adam(1.0).init(NESTED), {"a": jnp.ones(1)}),
+        (
+            "adopt_state: old_state must share a part with new_state, got none that "
+            "fits among a."
+        ),
+    ),
+    "metrics-short": (
+        lambda: optclip.metrics(
+            optax.chain(optclip.monitor(), optclip.monitor()).init(NESTED), short=True
+        ),
+        (
+            "metrics: short must be False where keys of two clips are the same, got "
+            "'clipped_fraction' twice"
+        ),
     ),
     "per_example-sizes": (
         lambda: step(

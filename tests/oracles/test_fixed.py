@@ -226,8 +226,13 @@ def test_the_oracle_by_hand():
 
 @pytest.mark.parametrize(
     "tree",
-    [{}, {"steps": np.ones((2, 3), np.int32)}, {"w": np.ones((0, 2), np.float32)}],
-    ids=["empty", "integers", "no examples"],
+    [
+        {},
+        {"steps": np.ones((0, 3), np.int32)},
+        {"w": np.ones((0, 2), np.float32)},
+        {"w": np.ones((2, 0), np.float32)},
+    ],
+    ids=["empty", "no examples of integers", "no examples", "no elements"],
 )
 def test_a_tree_without_a_norm_is_only_summed(tree):
     for function in (

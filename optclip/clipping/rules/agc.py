@@ -1,7 +1,14 @@
-"""The rule whose limit is relative to the parameters."""
+"""AGC: limits relative to the parameters, unit by unit.
 
-from typing import Any
+    G_i ← G_i · min(1, clipping · max(‖W_i‖, eps) / ‖G_i‖)   for each output unit i
 
+The parameters' sizes take one pass over the parameters, beside that over the updates.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -9,22 +16,61 @@ from optclip._core import checks
 from optclip._core.groupings import Grouping, per_unit
 from optclip._core.measures import Measure, l2
 from optclip._core.public import error, public
-from optclip.clipping import thresholds
+from optclip._core.types import Axes, AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
+from optclip.clipping.thresholds import Observation, Threshold, as_float, at_step
+
+
+@public
+def relative_to_params(ratio: Limit, eps: ArrayLike = 1e-3) -> Threshold[tuple[()]]:
+    """A share of the size of the group's parameters.
+
+        limit = ratio · max(size(params), eps)
+
+    Args:
+      ratio: the share, a non-negative scalar or a schedule, without unit.
+      eps: the floor under the size of the parameters, in their units: what a group that
+        starts at zero may move.
+
+    Returns:
+      The threshold, without state.
+
+    Raises:
+      ValueError: if a static argument is negative, NaN or not a number; at update, if
+        params are missing.
+
+    Reference: [Brock et al. 2021](https://arxiv.org/abs/2102.06171).
+
+    >>> import jax.numpy as jnp, optclip
+    >>> tx = optclip.clip_by(relative_to_params(0.01))
+    >>> updates, _ = tx.update(jnp.array([3.0, 4.0]), None, jnp.array([0.0, 10.0]))
+    >>> print(updates)
+    [0.06 0.08]
+    """
+    checks.limit_like(ratio=ratio)
+    checks.limit_like(eps=eps)
+
+    def limit(state: tuple[()], observation: Observation) -> jax.Array:
+        dtype, params = observation.size.dtype, observation.params
+        assert params is not None  # the engine gives what `needs_params` asks for
+        share = jnp.asarray(at_step(ratio, observation.step), dtype)
+        return share * jnp.maximum(params, jnp.asarray(as_float(eps), dtype))
+
+    return Threshold(limit, needs_params=True)
 
 
 @public
 def adaptive_grad_clip(
-    clipping: ArrayLike | optax.Schedule = 0.01,
+    clipping: Limit = 0.01,
     eps: ArrayLike = 1e-3,
-    axis: Any = None,
+    axis: Axes | None = None,
     *,
     measure: Measure = l2,
     grouping: Grouping | None = None,
-    action: Action = rescale(),  # noqa: B008 (an immutable tuple)
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
+    action: Action = rescale(),
+    nonfinite: Nonfinite = "propagate",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AGC: bounds each unit's norm relative to the norm of its parameters.
 
@@ -39,20 +85,32 @@ def adaptive_grad_clip(
     `grouping=groupings.per_leaf()` is the form of DreamerV3 (with clipping=0.3).
 
     Args:
-      clipping: the largest ratio of norms, a non-negative scalar or a schedule.
+      clipping: the largest ratio of norms, a non-negative scalar or a schedule, without
+        unit.
       eps: the floor under the parameters' norm, in their units: a unit that starts at
         zero still moves.
       axis: the axes to reduce in every leaf, as in Optax, instead of the layout's;
         static (static_args).
-      grouping: instead of units.
-      measure, action, nonfinite, axis_name: as in `clip_by`.
+      measure: how big a group is, one of `optclip.measures`.
+      grouping: instead of units, one of `optclip.groupings`.
+      action: to what size a group is scaled, one of `optclip.actions`.
+      nonfinite: "propagate" makes a group with NaN or infinity NaN, "zero" makes it
+        zero.
+      axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
+        `clip_by`.
+
+    Returns:
+      A gradient transformation with state `ClipState`; `update` needs the parameters.
+
+    Edge cases: the metrics are of the unit furthest over its limit, often one of a bias
+    that is still zero, whose limit is clipping · eps.
 
     Raises:
       ValueError: if a static number is negative or NaN; axis and grouping are both
         given, or axis is no integer; at update, if params are missing or of other
         shapes than the updates, or an axis is out of range.
 
-    Reference: Brock et al. 2021, arXiv 2102.06171.
+    Reference: [Brock et al. 2021](https://arxiv.org/abs/2102.06171).
 
     >>> import jax.numpy as jnp
     >>> tx = adaptive_grad_clip(0.1)
@@ -66,10 +124,9 @@ def adaptive_grad_clip(
     if axis is not None and grouping is not None:
         raise error(f"axis must be None beside a grouping, got {axis}.")
     checks.limit_like(clipping=clipping)
-    checks.limit_like(eps=eps)
     checks.axes(axis=axis)
     return clip_by(
-        thresholds.relative_to_params(clipping, eps),
+        relative_to_params(clipping, eps),
         measure=measure,
         grouping=per_unit(axis) if grouping is None else grouping,
         action=action,

@@ -1,23 +1,25 @@
-"""The named rules: each a docstring, a threshold, and where it applies.
+"""Rules with a given limit on a norm, and `monitor`, which only measures.
 
-Every rule takes a number, an array, a traced value or an Optax schedule as its limit,
-works under `optax.inject_hyperparams` (static_args: `axis_name` if it is a name), and
-keeps `ClipState` unless its docstring says otherwise.
+    clip_by_global_norm    the norm of the whole tree
+    clip_by_norm           the norm of each leaf
+    clip_by_block_rms      the root mean square of each leaf
+
+Each takes a number, an array, a traced value or an Optax schedule as its limit, works
+under `optax.inject_hyperparams` (static_args: `axis_name` if it is a name), and keeps
+`ClipState`.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import optax
-from jax.typing import ArrayLike
 
 from optclip._core.groupings import Grouping, per_leaf, whole
 from optclip._core.measures import Measure, l2, rms
 from optclip._core.public import public
+from optclip._core.types import AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
-from optclip.clipping.thresholds.fixed import from_limit, unlimited
-
-Limit = ArrayLike | optax.Schedule
+from optclip.clipping.thresholds import as_threshold, unlimited
 
 
 @public
@@ -25,9 +27,9 @@ def clip_by_global_norm(
     max_norm: Limit,
     *,
     measure: Measure = l2,
-    action: Action = rescale(),  # noqa: B008 (an immutable tuple)
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
+    action: Action = rescale(),
+    nonfinite: Nonfinite = "propagate",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm of the whole tree, keeping its direction.
 
@@ -40,7 +42,15 @@ def clip_by_global_norm(
     Args:
       max_norm: the largest norm, a non-negative scalar in the units of the updates, or
         a schedule.
-      measure, action, nonfinite, axis_name: as in `clip_by`.
+      measure: how big a group is, one of `optclip.measures`.
+      action: to what size a group is scaled, one of `optclip.actions`.
+      nonfinite: "propagate" makes a group with NaN or infinity NaN, "zero" makes it
+        zero.
+      axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
+        `clip_by`.
+
+    Returns:
+      A gradient transformation with state `ClipState`.
 
     Edge cases: the norm is right over all of float32's range, in every dtype (a
     float16 [300, 400] clipped to 1 gives [0.6, 0.8]). 0 gives zeros, infinity never
@@ -49,7 +59,7 @@ def clip_by_global_norm(
     Raises:
       ValueError: if a static max_norm is negative, NaN, a bool or not a number.
 
-    Reference: Pascanu, Mikolov, Bengio 2012, arXiv 1211.5063.
+    Reference: [Pascanu, Mikolov, Bengio 2012](https://arxiv.org/abs/1211.5063).
 
     >>> import jax.numpy as jnp
     >>> tx = clip_by_global_norm(1.0)
@@ -58,7 +68,7 @@ def clip_by_global_norm(
     [0.6] [0.8] 5.0
     """
     return clip_by(
-        from_limit(max_norm=max_norm),
+        as_threshold(max_norm=max_norm),
         measure=measure,
         grouping=whole(),
         action=action,
@@ -72,10 +82,10 @@ def clip_by_norm(
     max_norm: Limit,
     *,
     measure: Measure = l2,
-    grouping: Grouping = per_leaf(),  # noqa: B008 (an immutable tuple)
-    action: Action = rescale(),  # noqa: B008 (an immutable tuple)
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
+    grouping: Grouping = per_leaf(),
+    action: Action = rescale(),
+    nonfinite: Nonfinite = "propagate",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm of each leaf on its own.
 
@@ -87,7 +97,16 @@ def clip_by_norm(
     Args:
       max_norm: the largest norm of a group, a non-negative scalar in the units of the
         updates, or a schedule.
-      measure, grouping, action, nonfinite, axis_name: as in `clip_by`.
+      measure: how big a group is, one of `optclip.measures`.
+      grouping: what is measured together, one of `optclip.groupings`.
+      action: to what size a group is scaled, one of `optclip.actions`.
+      nonfinite: "propagate" makes a group with NaN or infinity NaN, "zero" makes it
+        zero.
+      axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
+        `clip_by`.
+
+    Returns:
+      A gradient transformation with state `ClipState`.
 
     Edge cases: as for `clip_by_global_norm`, group by group.
 
@@ -101,7 +120,7 @@ def clip_by_norm(
     [0.6 0.8] [0.5]
     """
     return clip_by(
-        from_limit(max_norm=max_norm),
+        as_threshold(max_norm=max_norm),
         measure=measure,
         grouping=grouping,
         action=action,
@@ -114,10 +133,10 @@ def clip_by_norm(
 def clip_by_block_rms(
     threshold: Limit,
     *,
-    grouping: Grouping = per_leaf(),  # noqa: B008 (an immutable tuple)
-    action: Action = rescale(),  # noqa: B008 (an immutable tuple)
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
+    grouping: Grouping = per_leaf(),
+    action: Action = rescale(),
+    nonfinite: Nonfinite = "propagate",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the root mean square of each leaf.
 
@@ -128,14 +147,22 @@ def clip_by_block_rms(
     Args:
       threshold: the largest RMS, a non-negative scalar in the units of the updates, or
         a schedule.
-      grouping, action, nonfinite, axis_name: as in `clip_by`.
+      grouping: what is measured together, one of `optclip.groupings`.
+      action: to what size a group is scaled, one of `optclip.actions`.
+      nonfinite: "propagate" makes a group with NaN or infinity NaN, "zero" makes it
+        zero.
+      axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
+        `clip_by`.
+
+    Returns:
+      A gradient transformation with state `ClipState`.
 
     Edge cases: as for `clip_by_global_norm`, group by group.
 
     Raises:
       ValueError: if a static threshold is negative, NaN, a bool or not a number.
 
-    Reference: Shazeer, Stern 2018, arXiv 1804.04235.
+    Reference: [Shazeer, Stern 2018](https://arxiv.org/abs/1804.04235).
 
     >>> import jax.numpy as jnp
     >>> updates, _ = clip_by_block_rms(1.0).update(jnp.array([2.0, 2.0]), None)
@@ -143,7 +170,7 @@ def clip_by_block_rms(
     [1. 1.]
     """
     return clip_by(
-        from_limit(threshold=threshold),
+        as_threshold(threshold=threshold),
         measure=rms,
         grouping=grouping,
         action=action,
@@ -155,15 +182,26 @@ def clip_by_block_rms(
 @public
 def monitor(
     measure: Measure = l2,
-    grouping: Grouping = whole(),  # noqa: B008 (an immutable tuple)
-    axis_name: Any = None,
+    grouping: Grouping = whole(),
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures and changes nothing, not even a NaN.
 
     Put it before or after any transform to see the norm there in `optclip.metrics`.
 
     Args:
-      measure, grouping, axis_name: as in `clip_by`.
+      measure: how big a group is, one of `optclip.measures`.
+      grouping: what is measured together, one of `optclip.groupings`.
+      axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
+        `clip_by`.
+
+    Returns:
+      A gradient transformation with state `ClipState`, whose metrics have no limit.
+
+    Edge cases: a size that is not finite shows as it is, and is counted.
+
+    Raises:
+      ValueError: if measure or grouping is not of its kind.
 
     >>> import jax.numpy as jnp, optclip
     >>> updates, state = monitor().update({"w": jnp.array([3.0, 4.0])}, None)

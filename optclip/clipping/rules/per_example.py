@@ -2,47 +2,61 @@
 
     sum_i  g_i · min(1, C / ‖g_i‖)        over the examples i of a batch
 
-An example that is not finite is clipped to nothing: it adds zero and it counts.
+An example that is not finite is clipped to nothing: it adds zero, and it counts as
+clipped. Sizes are measured as by `clip_by(…, grouping=per_example())`.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.typing import ArrayLike
 
-from optclip._core import checks, numerics
-from optclip._core import groups as blocks
-from optclip._core import sizes as measuring
+from optclip._core import checks, groups, meshes, numerics, paths
 from optclip._core.groupings import per_example
 from optclip._core.measures import l2
-from optclip._core.public import public
+from optclip._core.public import error, public
+from optclip._core.sizes import sizes_of
+from optclip._core.types import AxisName, Tree
 from optclip.clipping.actions import rescale
 
 
 @public
 def per_example_global_norm_clip(
-    grads: Any, l2_norm_clip: ArrayLike
-) -> tuple[Any, jax.Array]:
+    grads: optax.Updates, l2_norm_clip: ArrayLike, *, axis_name: AxisName = None
+) -> tuple[optax.Updates, jax.Array]:
     """Clips each example's gradient by its norm over all leaves, and sums.
+
+        sum_i  g_i · min(1, C / ‖g_i‖)
 
     Equals `optax.per_example_global_norm_clip` for finite examples.
 
     Args:
       grads: a tree whose leaves have a leading batch axis, as from `jax.vmap`.
       l2_norm_clip: the largest norm C of one example, a non-negative scalar.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that one example is split
+        over, a name or a tuple of names: () if each device has whole examples, which
+        types cannot tell.
 
     Returns:
       (sum of the clipped gradients, without the batch axis, in the leaves' dtypes;
       how many examples were clipped, an int32 scalar). An example with NaN, infinity or
       an overflowing norm adds zero and counts as clipped.
 
-    Raises:
-      ValueError: if leaves share no batch axis, or l2_norm_clip is negative, NaN, a
-        bool or not a scalar.
+    Edge cases: integers and booleans count in the norm, because the sum is what privacy
+    bounds, and come out as float32. float0 does not count. C = 0 gives zeros.
 
-    Reference: Abadi et al. 2016, arXiv 1607.00133.
+    Raises:
+      ValueError: if leaves share no batch axis or hold random keys, l2_norm_clip is
+        negative, NaN, a bool or not a scalar, or axis_name is missing in `shard_map`.
+
+    Reference: [Abadi et al. 2016](https://arxiv.org/abs/1607.00133).
 
     >>> import jax.numpy as jnp
     >>> grads = jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.nan, 1.0]])
@@ -50,14 +64,18 @@ def per_example_global_norm_clip(
     >>> print(total, clipped)
     [0.90000004 1.2       ] 2
     """
-    checks.limit_like(l2_norm_clip=l2_norm_clip)
-    return _clipped_sum(grads, l2_norm_clip)
+    _check_limit(l2_norm_clip=l2_norm_clip)
+    return _clipped_sum(_as_floats(grads), l2_norm_clip, axis_name)
 
 
 @public
 def per_example_layer_norm_clip(
-    grads: Any, global_l2_norm_clip: ArrayLike, uniform: bool = True
-) -> tuple[Any, Any]:
+    grads: optax.Updates,
+    global_l2_norm_clip: ArrayLike,
+    uniform: bool = True,
+    *,
+    axis_name: AxisName = None,
+) -> tuple[optax.Updates, Tree]:
     """Clips each example's gradient leaf by leaf, and sums.
 
     The limits of the K leaves of D_l elements share one budget C:
@@ -70,16 +88,24 @@ def per_example_layer_norm_clip(
       grads: a tree whose leaves have a leading batch axis, as from `jax.vmap`.
       global_l2_norm_clip: the budget C, a non-negative scalar.
       uniform: whether all leaves get the same share.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that one example is split
+        over, a name, a tuple of names, or a tree of these; () if each device has whole
+        examples, which types cannot tell.
 
     Returns:
       (sum of the clipped gradients, without the batch axis; a tree like it of int32
       scalars: how many examples were clipped in each leaf). A leaf of an example that
       is not finite adds zero and counts as clipped.
 
-    Raises:
-      ValueError: as `per_example_global_norm_clip`.
+    Edge cases: integers and booleans count as a leaf, and come out as float32. float0
+    and empty leaves do not count. C = 0 gives zeros.
 
-    Reference: McMahan et al. 2017, arXiv 1710.06963.
+    Raises:
+      ValueError: if leaves share no batch axis or hold random keys, global_l2_norm_clip
+        is negative, NaN, a bool or not a scalar, or axis_name is missing in
+        `shard_map`.
+
+    Reference: [McMahan et al. 2017](https://arxiv.org/abs/1710.06963).
 
     >>> import jax.numpy as jnp
     >>> grads = {"a": jnp.array([[0.0, 4.0]]), "b": jnp.array([[0.1]])}
@@ -87,43 +113,78 @@ def per_example_layer_norm_clip(
     >>> print(f"{total['a'][1]:.3f} {total['b'][0]:.3f}", clipped["a"], clipped["b"])
     1.000 0.100 1 0
     """
-    checks.limit_like(global_l2_norm_clip=global_l2_norm_clip)
+    _check_limit(global_l2_norm_clip=global_l2_norm_clip)
+    grads = _as_floats(grads)
+    known, counted = _gather(grads, axis_name)
+    meshes_of: list[Any] = [m.mesh for group in known.groups for m in group.members]
+    dims = [
+        math.prod(leaf.shape[1:]) * meshes.axis_size(mesh)
+        for leaf, mesh in zip(counted, meshes_of, strict=True)
+    ]
     leaves, treedef = jax.tree_util.tree_flatten(grads)
-    gathered = blocks.gather(grads, per_example(), None)
-    members = [member for group in gathered.groups for member in group.members]
-    dims = {m.index: math.prod(m.leaf.shape[1:]) for m in members}
-    everything = sum(dims.values())
-    sums, counts = list(leaves), [jnp.zeros((), jnp.int32)] * len(leaves)
-    for index, dim in dims.items():
-        share = 1 / len(dims) if uniform else dim / everything
-        limit = jnp.asarray(global_l2_norm_clip) * math.sqrt(share)
-        sums[index], counts[index] = _clipped_sum(leaves[index], limit)
-    for index, leaf in enumerate(leaves):
-        if index not in dims:
-            sums[index] = _batch_sum(leaf)
+    sums = list(map(_batch_sum, leaves))
+    counts = [jnp.zeros((), jnp.int32)] * len(leaves)
+    budget = numerics.bound_in(global_l2_norm_clip, known.dtype)
+    for place, dim, mesh in zip(known.places, dims, meshes_of, strict=True):
+        share = 1 / len(dims) if uniform else dim / sum(dims)
+        limit = budget * math.sqrt(share)
+        sums[place], counts[place] = _clipped_sum(leaves[place], limit, mesh)
     return (
         jax.tree_util.tree_unflatten(treedef, sums),
         jax.tree_util.tree_unflatten(treedef, counts),
     )
 
 
-def _clipped_sum(grads: Any, clip: ArrayLike) -> tuple[Any, jax.Array]:
-    gathered = blocks.gather(grads, per_example(), None)
-    if not gathered.groups:
+def _check_limit(**named: ArrayLike) -> None:
+    for name, value in named.items():
+        if callable(value):
+            raise error(f"{name} must be a non-negative number, got {value!r}.")
+    checks.limit_like(**named)
+
+
+def _as_floats(grads: optax.Updates) -> optax.Updates:
+    """The tree with integers as float32; float0 stays."""
+
+    def as_float(path: str, leaf: Any) -> Any:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype == jax.dtypes.float0:
+            return leaf
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            raise error(f"grads must be numbers, got random keys at {str(path)!r}.")
+        x = jnp.asarray(leaf)
+        return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+    floats = [as_float(path, leaf) for path, leaf in paths.leaves(grads)]
+    treedef = jax.tree_util.tree_structure(grads)
+    return jax.tree_util.tree_unflatten(treedef, floats)
+
+
+def _gather(
+    grads: optax.Updates, axis_name: AxisName
+) -> tuple[groups.Groups, list[jax.Array]]:
+    # Whether a mesh axis splits the batch or its examples is not in a type.
+    grouping = dataclasses.replace(per_example(), sums=None)
+    return groups.gather(grads, grouping, meshes.axes_of(axis_name))
+
+
+def _clipped_sum(
+    grads: optax.Updates, clip: ArrayLike, axis_name: AxisName
+) -> tuple[optax.Updates, jax.Array]:
+    known, leaves = _gather(grads, axis_name)
+    if not known.groups:
         return jax.tree.map(_batch_sum, grads), jnp.zeros((), jnp.int32)
-    limit = jnp.asarray(clip, gathered.wide)
-    (size,), _ = measuring.measured(gathered, l2, lambda seen: [limit] * len(seen))
+    limit = numerics.bound_in(clip, known.dtype)
+    (size,) = sizes_of(known, leaves, l2, limit)
     finite = jnp.isfinite(size)
     target = jnp.where(finite, rescale().target(size, limit), 0)
-    clipped = blocks.spread(gathered, [size], [target])
+    clipped = groups.rescaled(known, grads, leaves, [size], [target])
     count = jnp.sum((size > limit) | ~finite, dtype=jnp.int32)
     return jax.tree.map(_batch_sum, clipped), count
 
 
-def _batch_sum(x: Any) -> jax.Array:
-    """The sum over examples, accumulated in float32 or wider."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.sum(x, axis=0, dtype=x.dtype)
+def _batch_sum(x: Any) -> Any:
+    """The sum over examples, accumulated in float32 or wider; nothing of float0."""
+    if x.dtype == jax.dtypes.float0:
+        return np.zeros(x.shape[1:], jax.dtypes.float0)
     wide = numerics.wide_dtype(x.dtype)
     return jnp.sum(numerics.widen(x, wide), axis=0).astype(x.dtype)

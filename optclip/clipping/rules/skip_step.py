@@ -1,27 +1,26 @@
 """`skip_step`: a bad step is dropped whole, and the inner optimizer never sees it.
 
     size of all updates > limit, or not finite, or the loss above its own limit
-        → updates zero, inner state untouched (selected, never multiplied)
+        → updates zero, inner state as it was (selected, never multiplied)
 
-It stands around an optimizer, where a clip stands before one.
+It wraps an optimizer, while a clip comes before one in a chain.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optclip._core import checks, numerics
 from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import SkipMetrics
 from optclip._core.public import error, public
+from optclip._core.types import AxisName, Limit
 from optclip.clipping.engine import clip_by
-from optclip.clipping.thresholds.base import Threshold, one_more
-from optclip.clipping.thresholds.fixed import from_limit
-
-Limit = ArrayLike | optax.Schedule | Threshold
+from optclip.clipping.thresholds import Threshold, as_threshold
 
 
 class SkipState(NamedTuple):
@@ -37,18 +36,18 @@ class SkipState(NamedTuple):
     watch: Any  # ClipState
     value_watch: Any  # ClipState or ()
     metrics: SkipMetrics
-    inner_state: Any
+    inner_state: optax.OptState
 
 
 @public
 def skip_step(
     inner: optax.GradientTransformation,
-    threshold: Limit,
+    threshold: Limit | Threshold,
     *,
-    value_threshold: Limit | None = None,
+    value_threshold: Limit | Threshold | None = None,
     max_consecutive: int = 10,
     measure: Measure = l2,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Drops a step whose updates, or whose loss, are out of bounds.
 
@@ -59,26 +58,36 @@ def skip_step(
 
     Args:
       inner: any optimizer.
-      threshold: how big all updates together may be: a non-negative number, a schedule
-        of the step, or any of `optclip.thresholds` (`robust()`, `zscore()`, …).
-      value_threshold: the same for the loss's magnitude, which the training loop then
-        passes as `update(updates, state, params, value=loss)`. `nnx.Optimizer.update`
-        passes extra arguments on; Linen's `TrainState.apply_gradients` cannot.
+      threshold: how big all updates together may be: a non-negative number (infinity
+        drops only steps that are not finite), a schedule of the step, or any of
+        `optclip.thresholds` (`robust()`, `zscore()`, …).
+      value_threshold: the same for the magnitude of the loss, which the training loop
+        then passes as `update(updates, state, params, value=loss)`: a real scalar.
+        `nnx.Optimizer.update` passes extra arguments on; Linen's
+        `TrainState.apply_gradients` cannot.
       max_consecutive: a positive integer (static_args).
-      measure: of the updates.
-      axis_name: as in `clip_by`; the loss must be the same on every device.
+      measure: of the updates, one of `optclip.measures`.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that the updates extend
+        over, a name or a tuple of names; None reads them from the types (see
+        `clip_by`). Gradients that `pmean` has averaged are whole on each of n devices:
+        name no axis for them, or their norm is √n times too large. The loss must be the
+        same on every device.
 
     Returns:
       A gradient transformation with state `SkipState`. A threshold learns from the size
-      of dropped finite steps too, and never from one that is not finite: it recovers on
-      the very next step.
+      of dropped finite steps too, and never from one that is not finite, so the next
+      good step passes.
+
+    Edge cases: a size at its limit is within it. A NaN limit drops every step until
+    `max_consecutive` is reached.
 
     Raises:
       ValueError: if inner is no gradient transformation, a static limit is negative,
         NaN or not a number, or max_consecutive is not a positive integer; at update, if
-        `value` is missing or not a scalar.
+        `value` is missing or not a real scalar.
 
-    Reference: the rule is OLMo's SkipStepOptimizer (2024), with any threshold.
+    Reference: [OLMo's SkipStepOptimizer](https://github.com/allenai/OLMo-core), here
+    with any threshold.
 
     >>> import jax.numpy as jnp, optclip
     >>> tx = skip_step(optax.sgd(1.0, momentum=0.9), 10.0)
@@ -116,14 +125,14 @@ def skip_step(
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             state = init(updates if params is None else params)
-        seen: Any
-        _, seen = watch.update(updates, state.watch, params)
-        finite, high = _judge(seen)
-        seen_value: Any = ()
+        watched: Any
+        _, watched = watch.update(updates, state.watch, params)
+        finite, high = _judge(watched)
+        watched_value: Any = ()
         if value_watch:
             loss = _loss(extra_args)
-            _, seen_value = value_watch.update(loss, state.value_watch)
-            finite_value, high_value = _judge(seen_value)
+            _, watched_value = value_watch.update(loss, state.value_watch)
+            finite_value, high_value = _judge(watched_value)
             finite, high = finite & finite_value, high | high_value
 
         patient = state.metrics.consecutive_skips < max_consecutive
@@ -137,39 +146,44 @@ def skip_step(
         inner_state = jax.tree.map(  # of any kind, and old and new of any two dtypes
             lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
         )
-        counted = SkipMetrics(
-            jnp.where(
-                skip, one_more(state.metrics.skipped_steps), state.metrics.skipped_steps
-            ),
-            jnp.where(skip, one_more(state.metrics.consecutive_skips), 0),
-        )
-        return moved, SkipState(seen, seen_value, counted, inner_state)
+        counters = _count(state.metrics, skip)
+        return moved, SkipState(watched, watched_value, counters, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _watch(
-    name: str, limit: Limit, measure: Measure, axis_name: Any
+    name: Literal["threshold", "value_threshold"],
+    limit: Limit | Threshold,
+    measure: Measure,
+    axis_name: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
-    """A clip of which only the numbers are used; its output is dead code to XLA."""
-    if isinstance(limit, Threshold):
-        threshold = limit
-    else:
-        threshold = from_limit(**{name: limit})
+    """A clip of which only the state is used; its output is dead code to XLA."""
+    threshold = as_threshold(**{name: limit})
     return clip_by(threshold, measure=measure, axis_name=axis_name)
 
 
-def _judge(seen: Any) -> tuple[jax.Array, jax.Array]:
+def _judge(watched: Any) -> tuple[jax.Array, jax.Array]:
     """Whether the last size was finite, and whether it was not within its limit."""
-    size, limit = seen.metrics.size, jnp.maximum(seen.metrics.limit, 0)
-    return jnp.isfinite(size), ~(size <= limit)  # a limit of NaN shows: nothing passes
+    size, limit = watched.metrics.size, watched.metrics.limit
+    if limit is None:  # of `unlimited()`
+        return jnp.isfinite(size), jnp.zeros((), bool)
+    return jnp.isfinite(size), ~(size <= jnp.maximum(limit, 0))  # nothing is within NaN
+
+
+def _count(counters: SkipMetrics, skip: jax.Array) -> SkipMetrics:
+    skipped, consecutive = counters
+    return SkipMetrics(
+        jnp.where(skip, optax.safe_increment(skipped), skipped),
+        jnp.where(skip, optax.safe_increment(consecutive), 0),
+    )
 
 
 def _loss(extra_args: dict[str, Any]) -> jax.Array:
     if "value" not in extra_args:
         raise error(
-            "value must be given to update beside a value_threshold, got "
-            "none; call update(updates, state, params, value=loss)."
+            "value must be given to update beside a value_threshold, got none; call "
+            "update(updates, state, params, value=loss)."
         )
-    checks.scalar(value=extra_args["value"])
-    return jnp.asarray(extra_args["value"]).astype(jnp.float32)
+    checks.given(value=extra_args["value"])
+    return numerics.bound_in(extra_args["value"], jnp.float32)

@@ -1,6 +1,7 @@
 """`skip_step` drops a bad step whole: no update, and an inner optimizer that slept."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -258,13 +259,52 @@ def test_a_learned_limit_of_the_loss():
     assert zeros == [False, False, True, False, True, False]
 
 
-def test_the_loss_must_be_there_and_a_scalar():
+def test_the_loss_must_be_there():
     tx = watching()
-    state = tx.init(PARAMS)
     with pytest.raises(ValueError, match=r"^skip_step: value must be given to update"):
-        tx.update(gradients(1.0), state, PARAMS)
-    with pytest.raises(ValueError, match=r"^skip_step: value must be a scalar.*\(2,\)"):
-        tx.update(gradients(1.0), state, PARAMS, value=jnp.ones(2))
+        tx.update(gradients(1.0), tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (jnp.ones(2), "a scalar, got an array of shape (2,)"),
+        (np.ones((1, 1)), "a scalar, got an array of shape (1, 1)"),
+        (None, "a real number, got None"),
+        ("1.0", "a real number, got '1.0'"),
+        ({"loss": 1.0}, "a real number, got {'loss': 1.0}"),
+        ([1.0], "a real number, got [1.0]"),
+        (True, "a real number, got True"),
+        (1j, "a real number, got 1j"),
+        (jnp.complex64(1), "a real number, got an array of dtype complex64"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_the_loss_must_be_a_real_scalar(value, got):
+    tx = watching()
+    message = f"^skip_step: value must be {re.escape(got)}"
+    with pytest.raises(ValueError, match=message):
+        tx.update(gradients(1.0), tx.init(PARAMS), PARAMS, value=value)
+
+
+@pytest.mark.parametrize(
+    "value", [9, np.uint8(9), np.int64(2**40), 10**40, np.float64(9), jnp.bfloat16(9),
+              jnp.int32(9), np.array(9.0)],
+    ids=repr,
+)  # fmt: skip
+def test_a_loss_of_any_numeric_type(value):
+    tx = watching(8.5)
+    assert is_zero(tx.update(gradients(1.0), tx.init(PARAMS), PARAMS, value=value)[0])
+    tx = watching(jnp.inf)
+    out, _ = tx.update(gradients(1.0), tx.init(PARAMS), PARAMS, value=value)
+    assert is_zero(out) == (str(value) == str(10**40))  # which is no finite float32
+
+
+def test_no_limit_drops_only_what_is_not_finite():
+    for limit in (jnp.inf, thresholds.unlimited()):
+        tx = optclip.skip_step(optax.sgd(1.0), limit, max_consecutive=1)
+        zeros, _ = skipped(tx, [1.0, 3e38, np.nan, np.inf, np.nan, 1.0])
+        assert zeros == [False, False, True, True, True, False]
 
 
 def test_the_inner_optimizer_gets_the_extra_arguments():

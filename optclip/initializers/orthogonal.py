@@ -2,34 +2,39 @@
 
     ‖W x‖ = gain · ‖x‖    for every x, where outputs are no fewer than inputs
 
-All of them as whole-model presets draw embeddings as rows of unit length, biases at 0
-and scales at 1. Gradients come back through them as they went: a network of such
-layers is an isometry at any depth, where its activations let it be.
+Gradients keep their length too, so such a network passes signals through any depth,
+where its activations allow it. Embeddings start as rows of length 1, biases at 0 and
+scales at 1.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
+from jax.typing import DTypeLike
 
 from optclip._core import checks
-from optclip._core.public import error, public
-from optclip.initializers.presets import Preset, by_fans
+from optclip._core.public import public
+from optclip._core.types import Shape
+from optclip.initializers.presets import Preset, by_fans, initializer
 
 
 @public
 def orthogonal(gain: float = 1.0) -> Preset:
-    """Orthonormal columns, or rows where outputs outnumber inputs; Haar-distributed.
+    """Orthonormal columns, or rows where outputs outnumber inputs, drawn uniformly.
 
         WᵀW = gain² I  (or W Wᵀ = gain² I),    W of shape (window · inputs, outputs)
 
     Keeps every singular value, not only their mean: for very deep, recurrent and
     reinforcement-learning networks. Costs a QR decomposition, so not for very wide
-    layers; embeddings are drawn otherwise. Half precision is drawn in float32.
+    layers; embeddings are not drawn orthogonal. Half precision is drawn in float32.
 
     Args:
       gain: a non-negative number, such as `gain("relu")`.
+
+    Returns:
+      A `Preset`.
 
     Raises:
       ValueError: if gain is negative; at the draw, for a shape with fewer than two
@@ -40,10 +45,10 @@ def orthogonal(gain: float = 1.0) -> Preset:
     >>> bool(abs(w.T @ w - 4 * jax.numpy.eye(3)).max() < 1e-5)
     True
 
-    Saxe et al. 2013, arXiv 1312.6120.
+    Saxe et al. 2013, https://arxiv.org/abs/1312.6120.
     """
     checks.non_negative(gain=gain)
-    return by_fans("orthogonal", jax_initializers.orthogonal(gain))
+    return by_fans(initializer(jax_initializers.orthogonal(gain), least_rank=2))
 
 
 @public
@@ -58,6 +63,9 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
     Args:
       gain: a non-negative number.
 
+    Returns:
+      A `Preset`.
+
     Raises:
       ValueError: if gain is negative; at the draw, if a convolution has more inputs
         than outputs, more than three window axes, or the shape fewer than two axes.
@@ -67,37 +75,40 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
     >>> bool(abs(w[1] @ w[1].T - jax.numpy.eye(2)).max() < 1e-6), float(abs(w[0]).max())
     (True, 0.0)
 
-    Xiao et al. 2018, arXiv 1806.05393.
+    Xiao et al. 2018, https://arxiv.org/abs/1806.05393.
     """
     checks.non_negative(gain=gain)
     dense = jax_initializers.orthogonal(gain)
     convolution = jax_initializers.delta_orthogonal(gain)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def init(key: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
         if len(shape) == 2:
             return dense(key, shape, dtype)
         if shape[-2] > shape[-1] or len(shape) > 5:
-            raise error(
+            raise ValueError(
                 f"shape must have 1 to 3 window axes and no more "
                 f"inputs than outputs, got {shape}."
             )
         return convolution(key, shape, dtype)
 
-    return by_fans("delta_orthogonal", init)
+    return by_fans(initializer(init, least_rank=2))
 
 
 @public
 def identity(gain: float = 1.0) -> Preset:
-    """The layer hands its inputs on: ones on the diagonal, at a window's centre.
+    """The layer returns its inputs: ones on the diagonal, at a window's centre.
 
         W[i, o] = gain · [i = o]        W[…centre…, i, o] = gain · [i = o]
 
-    For linear and residual layers that shall start as what they add nothing to, and
-    for recurrent kernels of ReLU networks. Where the layer is not square, the excess
-    outputs are zero, or the excess inputs ignored.
+    For linear layers that should start without any effect, and for recurrent kernels of
+    ReLU networks. Where the layer is not square, the excess outputs are zero, or the
+    excess inputs ignored.
 
     Args:
       gain: a non-negative number.
+
+    Returns:
+      A `Preset`.
 
     Raises:
       ValueError: if gain is negative; at the draw, for a shape with fewer than two
@@ -107,9 +118,9 @@ def identity(gain: float = 1.0) -> Preset:
     >>> identity()(jax.random.key(0), (2, 3)).tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 
-    Le et al. 2015, arXiv 1504.00941.
+    Le et al. 2015, https://arxiv.org/abs/1504.00941.
     """
-    return _identity("identity", gain)
+    return _identity(gain)
 
 
 @public
@@ -118,29 +129,36 @@ def dirac(gain: float = 1.0) -> Preset:
 
         W[…centre…, i, o] = gain · [i = o]
 
-    A grouped convolution hands on each group's inputs where its groups are known: see
-    `redraw`'s layouts. PyTorch's `dirac_(groups=g)` is this with a layout of g groups.
+    A grouped convolution returns each group's inputs where its groups are known: see
+    the argument `layouts` of `redraw`. PyTorch's `dirac_(groups=g)` is this with a
+    layout of g groups.
 
     Args:
       gain: a non-negative number.
 
+    Returns:
+      A `Preset`.
+
     Raises:
-      ValueError: as `identity`.
+      ValueError: if gain is negative; at the draw, for a shape with fewer than two
+        axes.
 
     >>> import jax
     >>> dirac()(jax.random.key(0), (3, 1, 1))[:, 0, 0].tolist()
     [0.0, 1.0, 0.0]
+
+    PyTorch: https://docs.pytorch.org/docs/stable/nn.init.html.
     """
-    return _identity("dirac", gain)
+    return _identity(gain)
 
 
-def _identity(rule: str, gain: float) -> Preset:
+def _identity(gain: float) -> Preset:
     checks.non_negative(gain=gain)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def init(key: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
         centre = tuple(size // 2 for size in shape[:-2])
         return (
             jnp.zeros(shape, dtype).at[centre].set(gain * jnp.eye(shape[-2], shape[-1]))
         )
 
-    return by_fans(rule, init)
+    return by_fans(initializer(init, least_rank=2))

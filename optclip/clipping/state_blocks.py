@@ -1,0 +1,95 @@
+"""A threshold's state, as it is kept and as the engine takes it: block by block.
+
+    state ──unpacked──▶ one state a block ──threshold──▶ ... ──repacked──▶ state
+
+For a joint grouping both are the same, arrays over the vector of groups. For groupings
+within leaves every array of the kept state is a tree like the parameters. A state that
+belongs to another rule or another tree is refused here, before anything is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip._core import paths
+from optclip._core.groups import Groups
+from optclip._core.public import error
+from optclip._core.types import Tree
+from optclip.clipping.thresholds import Observation, Threshold
+
+
+def blank_state(threshold: Threshold) -> Any:
+    """The shapes of a threshold's state of a single group."""
+    assert threshold.init is not None
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.eval_shape(threshold.init, Observation(one, step))
+
+
+def packed(
+    params: Tree, groups: Groups, blank: Any, states: list[Any]
+) -> optax.OptState:
+    """States of blocks as kept: one, or one whose every array is a tree like params."""
+    if groups.joint:
+        return states[0]
+    flat, treedef = jax.tree_util.tree_flatten(params)
+
+    def like_params(_: Any, *parts: jax.Array) -> Tree:
+        kept: list[Any] = [()] * len(flat)
+        for group, part in zip(groups.groups, parts, strict=True):
+            kept[groups.places[group.members[0].index]] = part
+        tree = jax.tree_util.tree_unflatten(treedef, kept)
+        return jax.tree.map(_unboxed, tree, is_leaf=paths.is_box)
+
+    return jax.tree.map(like_params, blank, *states)
+
+
+def _unboxed(node: Any) -> Any:
+    """Numbers of units without the box, whose sharding names axes that they lack."""
+    leaves = jax.tree_util.tree_leaves(node) if paths.is_box(node) else []
+    return leaves[0] if leaves else node
+
+
+def unpacked(groups: Groups, blank: Any, state: optax.OptState) -> list[Any]:
+    """The state of each block, matched by order.
+
+    Raises:
+      ValueError: if the state is another rule's, or of groups of other shapes.
+    """
+    treedef = jax.tree_util.tree_structure(blank)
+    try:
+        parts = treedef.flatten_up_to(state)
+    except (ValueError, TypeError):
+        raise error(
+            f"state must be that of this rule, {_described(blank)}, got "
+            f"{_described(state)}."
+        ) from None
+    blocks = zip(*map(jax.tree_util.tree_leaves, parts), strict=False)
+    states = [treedef.unflatten(block) for block in blocks]
+    expected = [
+        [(*leaf.shape[:-1], *shape) for leaf in jax.tree_util.tree_leaves(blank)]
+        for shape in groups.block_shapes()
+    ]
+    found = [[leaf.shape for leaf in jax.tree_util.tree_leaves(s)] for s in states]
+    if treedef.num_leaves and found != expected:
+        raise error(
+            f"state must have the shapes of the groups of updates, {expected} in "
+            f"{type(blank).__name__}, got {found}."
+        )
+    return states if treedef.num_leaves else [state] * len(groups.block_shapes())
+
+
+def repacked(old: optax.OptState, states: list[Any]) -> optax.OptState:
+    """New states of blocks in the structure that the old state has."""
+    by_array = zip(*map(jax.tree_util.tree_leaves, states), strict=True)
+    leaves = [leaf for arrays in by_array for leaf in arrays]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(old), leaves)
+
+
+def _described(state: Any) -> str:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree_util.tree_leaves(state)]
+    return f"{type(state).__name__} of {shapes}"

@@ -1,0 +1,120 @@
+"""Reading what every clip measured, from any optimizer state.
+
+    opt_state ──▶ the `ClipMetrics` and `SkipMetrics` in it ──▶ {name: scalar}
+
+`_core.metrics` writes these numbers at each update; here they get names for a logger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import optax
+
+from optclip._core import paths
+from optclip._core.metrics import ClipMetrics, SkipMetrics
+from optclip._core.public import error, public
+
+KeyPath = tuple[Any, ...]
+
+
+class _Number(NamedTuple):
+    """One scalar, and where in the state its metrics are."""
+
+    keys: KeyPath
+    field: str
+    value: jax.Array
+
+
+@public
+def metrics(
+    opt_state: optax.OptState, separator: str = "/", *, short: bool = False
+) -> dict[str, jax.Array]:
+    """The metrics of every clip in an optimizer state, ready for a logger.
+
+    Args:
+      opt_state: any optimizer state: of `chain`, `named_chain`, `masked`, `partition`,
+        `MultiSteps`, `inject_hyperparams`, …, an `nnx.Optimizer` or its `opt_state`, a
+        `TrainState`.
+      separator: between the names of a key.
+      short: whether to leave out of a key all but the names that you gave, so that it
+        stays the same when the chain grows: `size` for the only clip of a state,
+        `clip/size` in `optax.named_chain(("clip", …))`. What `skip_step` measures of
+        the loss is `value_watch/size`.
+
+    Returns:
+      A flat dict `{path of the state}/{field}` of scalar arrays; the path is empty for
+      a clip that stands alone, the fields are those of `ClipMetrics` and `SkipMetrics`
+      that the rule has. Empty if there is no clip. No value is read, so it works inside
+      `jit`. Before the first update `steps` is 0, and the other numbers mean nothing.
+
+    Raises:
+      ValueError: if short names of two clips are the same, or opt_state is an
+        `nnx.State`, whose types are lost.
+
+    >>> import jax.numpy as jnp, optax, optclip
+    >>> tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> params = {"w": jnp.array([3.0, 4.0])}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> for name, value in metrics(state).items():
+    ...     print(name, value)
+    0/size 5.0
+    0/limit 1.0
+    0/clipped_fraction 1.0
+    0/steps 1
+    0/clipped_steps 1
+    0/nonfinite_steps 0
+    >>> print(metrics(state, short=True)["size"])
+    5.0
+    """
+    kind = type(opt_state)
+    if kind.__module__.startswith("flax.nnx") and kind.__name__ == "State":
+        raise error(
+            "opt_state must have the types of a state, got an nnx.State; call "
+            "metrics(optimizer.opt_state)."
+        )
+    numbers = _numbers(opt_state)
+    names_of = _given_names if short else paths.names
+    keys = [separator.join([*names_of(n.keys), n.field]) for n in numbers]
+    several = {key for key, count in Counter(keys).items() if count > 1}
+    if short and several:
+        raise error(
+            f"short must be False where keys of two clips are the same, got "
+            f"{min(several)!r} twice; or name the clips in optax.named_chain."
+        )
+    return {
+        _place(number) if key in several else key: number.value
+        for key, number in zip(keys, numbers, strict=True)
+    }
+
+
+def _numbers(opt_state: optax.OptState) -> list[_Number]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_metrics)
+    return [
+        # `nnx.Optimizer` wraps every leaf in a Variable: a tree with one leaf.
+        _Number(keys[:-1], field, *jax.tree_util.tree_leaves(value))
+        for keys, node in flat
+        if _is_metrics(node)
+        for field, value in zip(node._fields, node, strict=True)
+        if value is not None
+    ]
+
+
+def _is_metrics(node: object) -> TypeGuard[ClipMetrics | SkipMetrics]:
+    return isinstance(node, ClipMetrics | SkipMetrics)
+
+
+def _given_names(keys: KeyPath) -> list[str]:
+    """The names that users gave, which are keys of dicts, and what watches a loss."""
+    return [
+        name
+        for key, name in zip(keys, paths.names(keys), strict=True)
+        if isinstance(key, jax.tree_util.DictKey) or name == "value_watch"
+    ]
+
+
+def _place(number: _Number) -> str:
+    """A key that no other number has."""
+    return f"{jax.tree_util.keystr(number.keys)}.{number.field}"
