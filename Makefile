@@ -1,8 +1,10 @@
 # Every target makes what it needs in .venv and repeats only what pyproject.toml changes.
 #   make demo         train with and without clipping, print the table, draw the picture
 #   make test         the test suite, doctests included
+#   make quick        laws 1 to 4, 6 and 8 for one row of each kind of block
 #   make lint         ruff and pyright
 #   make test-oldest  the test suite on the oldest supported releases
+#   make test-newest  the test suite on the newest Python and the newest releases found
 #   make bench        time optclip against its peers; BENCH='--scale 0.1' for less
 #   make clean        remove everything that these targets made
 
@@ -11,14 +13,19 @@ PYTHON ?= python3
 WORKERS ?= auto
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= $(or $(shell for p in python3.13 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done),$(PYTHON))
 
-.PHONY: demo test lint test-oldest bench clean
+.PHONY: demo test quick lint test-oldest test-newest bench clean
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python examples/regression.py
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+quick: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest --quick -n $(WORKERS) --dist loadfile tests/laws
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check
@@ -28,15 +35,23 @@ lint: $(VENV)/lint.stamp
 test-oldest: $(OLDEST)/test.stamp
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
+# Installs at every run, for no stamp knows of a new release.
+test-newest: | $(NEWEST)/bin/python
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
 bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist examples/output .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist examples/output .hypothesis .pytest_cache .ruff_cache
 	find optclip tests examples benchmarks -type d -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/bin/python $(OLDEST)/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)
+
+$(NEWEST)/bin/python:
+	$(NEWEST_PYTHON) -m venv $(@:/bin/python=)
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python

@@ -80,7 +80,9 @@ def with_jax(function: Callable[..., Any], arrays: Arrays, own: Any) -> Contesta
     cost = program.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     memory = program.memory_analysis()
-    collectives = re.findall(r" (?:all-reduce|all-gather)[\w-]*\(", program.as_text())
+    collectives = re.findall(
+        r" (?:all-reduce|all-gather)[\w-]*\(", program.as_text() or ""
+    )
     about = Compiled(
         traced - start,
         compiled - traced,
@@ -171,9 +173,12 @@ def within(
     """One update that finds nothing to clip, with its metrics or without."""
     tx = make()
 
-    def update(grads: Any, state: Any, limit: jax.Array, fixed: Any) -> Any:
+    def update(
+        grads: Any, state: optclip.ClipState, limit: jax.Array, fixed: Any
+    ) -> Any:
         updates, after = tx.update(grads, state)
         if not metrics:
+            assert isinstance(after, optclip.ClipState)
             after = after._replace(metrics=state.metrics)
         return updates, after
 
@@ -227,7 +232,7 @@ def optimizing(
 def keras_sgd(arrays: Arrays) -> Contestant:
     """Keras on JAX: SGD with `global_clipnorm`, which Keras takes as a constant."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    import keras
+    import keras  # pyright: ignore[reportMissingImports] (in the extra "bench")
 
     optimizer = keras.optimizers.SGD(0.1, global_clipnorm=0.5)
     params, _ = arrays.tree
@@ -252,7 +257,7 @@ def keras_sgd(arrays: Arrays) -> Contestant:
 
 def pytorch(rule: str, shapes: Shapes, dtype: Any) -> Contestant:
     """`clip_grad_norm_` or `clip_grad_value_`; of arrays of its own, unlike others."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (in the extra "bench")
 
     gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")

@@ -245,7 +245,7 @@ def load() -> dict[str, dict[float, dict[str, np.ndarray]]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument(
         "--save", action="store_true", help="renew benchmarks/results and README.md"
     )

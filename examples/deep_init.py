@@ -98,10 +98,11 @@ def digits() -> tuple[Data, Data]:
     images = (images - images.mean(0)) / np.maximum(images.std(0), 1)
     parts = train_test_split(images, labels, test_size=0.25, random_state=0)
     train, test, train_labels, test_labels = map(np.asarray, parts)
-    return tuple(
-        Data(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32))
-        for x, y in ((train, train_labels), (test, test_labels))
-    )
+    return data(train, train_labels), data(test, test_labels)
+
+
+def data(images: np.ndarray, labels: np.ndarray) -> Data:
+    return Data(jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32))
 
 
 def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -164,7 +165,8 @@ def draw(runs: dict[str, Run], depth: int, path: pathlib.Path) -> None:
     """The losses; beside them, one column a deep network, its signal report."""
     deep = {name: run for name, run in runs.items() if len(run.report.rows) > 2}
     figure = Figure(figsize=(19, 9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    parts = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))
+    left, right = parts[0]
     for axes, layers in zip(left.subplots(2), (depth, 2), strict=True):
         these = {n: r for n, r in runs.items() if (n in deep) == (layers > 2)}
         draw_losses(axes, these)

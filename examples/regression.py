@@ -26,7 +26,7 @@ from tqdm import tqdm
 import optclip
 
 BATCH = 32
-COLORS = colormaps["tab20"].colors
+COLORS = colormaps["tab20"](range(20))
 
 
 class Rule(NamedTuple):
@@ -134,11 +134,11 @@ def train(rule: Rule, features, targets, epochs: int, progress: tqdm) -> Run:
     def step(training, rows):
         params, state = training
         updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
-        norm = optclip.metrics(state["gradient"])["size"]
-        clip = optclip.metrics(state["clip"]).items()
-        seen = {path.split("/")[-1]: value for path, value in clip}
-        seen = norm, seen["size"], jnp.minimum(seen["limit"], rule.limit)
-        return (optax.apply_updates(params, updates), state), seen
+        seen = optclip.metrics(state)
+        clip = {k.split("/")[-1]: x for k, x in seen.items() if k.startswith("clip/")}
+        limit = jnp.minimum(clip["limit"], rule.limit)
+        history = seen["gradient/size"], clip["size"], limit
+        return (optax.apply_updates(params, updates), state), history
 
     @jax.jit
     def losses(params):
@@ -154,15 +154,17 @@ def train(rule: Rule, features, targets, epochs: int, progress: tqdm) -> Run:
     training = params, optimizer.init(params)
     keys = list(jax.random.split(jax.random.key(0), epochs))
     curve, history = [losses(params)], []
-    epoch = epoch.lower(training, keys[0]).compile()
+    compiled = epoch.lower(training, keys[0]).compile()
     start = time.perf_counter()
     for key in keys:
-        training, seen, after = jax.block_until_ready(epoch(training, key))
+        training, seen, after = jax.block_until_ready(compiled(training, key))
         history.append(seen)
         curve.append(after)
         progress.update()
     seconds = time.perf_counter() - start
-    return Run(*np.transpose(curve), *np.concatenate(history, axis=1), seconds)
+    train_mse, test_mse = np.transpose(curve)
+    norm, size, limit = np.concatenate(history, axis=1)
+    return Run(train_mse, test_mse, norm, size, limit, seconds)
 
 
 def print_table(runs: dict[str, Run]) -> None:
@@ -182,7 +184,10 @@ def draw(targets, runs: dict[str, Run], path: pathlib.Path) -> None:
     columns = 4
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(16, 5 + 2.8 * rows), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=(5, 2.8 * rows), hspace=0.04)
+    parts = figure.subfigures(
+        2, squeeze=False, height_ratios=(5, 2.8 * rows), hspace=0.04
+    )
+    top, bottom = parts[:, 0]
     layout = [["histogram", "losses"], ["box", "losses"]]
     axes = top.subplot_mosaic(layout, width_ratios=(1, 2), height_ratios=(4, 1))
     draw_targets(axes["histogram"], axes["box"], targets)
@@ -238,7 +243,7 @@ def main() -> None:
 
     print("The smallest program, after five steps:")
     smallest()
-    features, targets = make_regression(
+    features, targets, *_ = make_regression(
         n_samples=1000, n_features=20, noise=0.1, random_state=1
     )
     data = jnp.asarray(features, jnp.float32), jnp.asarray(targets, jnp.float32)

@@ -14,7 +14,7 @@ import argparse
 import pathlib
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
         return self.head(self.norm(x))
 
 
-def windows(modules: list[str], shape: tuple[int, ...], random) -> np.ndarray:
+def windows(modules: Sequence[str], shape: tuple[int, ...], random) -> np.ndarray:
     """Random windows of these modules' source, CONTEXT bytes and the one after each."""
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     source = b"".join((library / f"{name}.py").read_bytes() for name in modules)
@@ -188,7 +188,8 @@ def train(guard: Guard, network, params, batches, validation, progress: tqdm) ->
         progress.update(len(part[0]))
     seconds = time.perf_counter() - start
     after, _ = jax.jit(loss, static_argnums=0)(network, training[0], validation)
-    return Run(*np.concatenate(histories, axis=1), float(after), seconds)
+    loss_, norm, passed, size, limit, changed = np.concatenate(histories, axis=1)
+    return Run(loss_, norm, passed, size, limit, changed, float(after), seconds)
 
 
 def print_table(runs: dict[str, Run], corrupted: np.ndarray) -> None:
@@ -212,7 +213,8 @@ def print_table(runs: dict[str, Run], corrupted: np.ndarray) -> None:
 def draw(runs: dict[str, Run], bad: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """The losses, and below them one panel per rule and a key to the panels."""
     figure = Figure(figsize=(17, 14), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=(4, 9), hspace=0.03)
+    parts = figure.subfigures(2, squeeze=False, height_ratios=(4, 9), hspace=0.03)
+    top, bottom = parts[:, 0]
     whole, near = top.subplots(1, 2, width_ratios=(3, 2))
     draw_losses(whole, runs, bad)
     draw_losses(near, runs, bad)

@@ -187,7 +187,8 @@ def print_table(runs: dict[str, Run], digits: np.ndarray, labels: np.ndarray) ->
 def draw(runs: dict[str, Run], steps: int, path: pathlib.Path) -> None:
     """Samples over the training, one row a run; estimates and weights below."""
     figure = Figure(figsize=(13, 15), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=(11, 5), hspace=0.03)
+    parts = figure.subfigures(2, squeeze=False, height_ratios=(11, 5), hspace=0.03)
+    top, bottom = parts[:, 0]
     panels = top.subplots(len(runs), len(TIMES))
     for row, (name, run) in zip(panels, runs.items(), strict=True):
         for axes, chunk, sample in zip(row, TIMES, run.samples, strict=True):
@@ -227,7 +228,7 @@ def main() -> None:
     steps = chosen.steps * (5 if chosen.long else 1)
     steps = -(-steps // CHUNKS) * CHUNKS  # whole chunks
     images, labels = load_digits(return_X_y=True)
-    digits = np.float32(images / 8 - 1)
+    digits = (images / 8 - 1).astype(np.float32)
     runs = {}
     with tqdm(total=len(CONTENDERS) * steps, unit="step") as progress:
         for name, contender in CONTENDERS.items():

@@ -1,67 +1,145 @@
-"""optclip: bounds on magnitudes for JAX, as Optax gradient transformations.
+"""Clip gradients, constrain weights and initialize models in JAX.
 
-Grouped by concept, like the README: rules with a given limit, rules that set their own,
-the parts that rules are made of, per-example sums, projections, numbers and state,
-first values.
+Everything is an ordinary Optax gradient transformation, a pure function or a JAX
+initializer, so it goes into any optimizer chain and any training loop.
+
+Rules with a given limit, a number or a schedule:
+
+    clip_by_value                 every element, by magnitude or by an interval
+    clip                          the same under Optax's name
+    clip_by_norm                  the norm of each leaf
+    clip_by_global_norm           the norm of the whole tree
+    clip_by_block_rms             the root mean square of each leaf
+    per_example_global_norm_clip  each example's gradient by its norm, then summed
+    per_example_layer_norm_clip   the same, leaf by leaf
+    monitor                       measures and changes nothing
+
+Rules that find their limit themselves:
+
+    spike_clip                    median and spread of recent norms; the robust default
+    adaptive_grad_clip            AGC: each unit relative to its own parameters
+    autoclip                      AutoClip: a percentile of the last norms
+    zclip                         ZClip: outliers from the running mean
+    adagc                         AdaGC: a multiple of each leaf's running average
+    quantile_clip                 an online estimate of a quantile
+    norm_growth_clip              Fira: the growth from one step to the next
+    second_moment_clip            SPAM: each element by its own second moment
+    skip_step                     wraps an optimizer; drops a bad step as a whole
+
+A rule of your own, from four kinds of parts:
+
+    clip_by                       the rule, from one part of each kind
+    measures                      how big a group is: l2, rms, l1, max_abs, lp(p)
+    groupings                     which elements are measured and clipped together
+    thresholds                    how big a group may be
+    actions                       what happens to a group over its limit
+
+Parameters that stay in a set:
+
+    project                       ends a chain: parameters stay in a set after each step
+    project_params                the nearest parameters in a set, at once
+    clip_weights                  WGAN weight clipping
+    qk_clip                       MuonClip: bounds attention logits
+    record_max_logits             records the logits that qk_clip needs, in Flax
+    sets                          the sets: box, max_norm, simplex, spectral_ball, ...
+
+Initialization:
+
+    initializers                  presets for Flax, and redraw for a finished model
+
+Numbers, selection and saved states:
+
+    metrics                       what every clip in an optimizer state measured
+    global_norm                   the norm of a tree
+    leaf_norms                    the norm of each leaf, by path
+    mask                          a mask for optax.masked, from a pattern
+    everything                    a `where` that selects every leaf
+    adopt_state                   moves a saved optimizer state into a changed chain
+
+Types, to annotate and to read:
+
+    ClipState                     the state of every rule that measures
+    ClipMetrics                   size, limit and counters, in ClipState
+    SkipState                     the state of skip_step
+    SkipMetrics                   the counters in it
+    ProjectState                  the state of project
+    Adopted                       what adopt_state returns
 """
 
-# Rules with a fixed or scheduled limit.
-from optclip.clipping.rules.norms import clip_by_block_rms as clip_by_block_rms
-from optclip.clipping.rules.norms import clip_by_global_norm as clip_by_global_norm
-from optclip.clipping.rules.norms import clip_by_norm as clip_by_norm
-from optclip.clipping.rules.norms import monitor as monitor
-from optclip.clipping.rules.values import clip as clip
-from optclip.clipping.rules.values import clip_by_value as clip_by_value
-
-# Rules that set their own limit, and the guard around an optimizer.
-from optclip.clipping.rules.adagc import adagc as adagc
-from optclip.clipping.rules.agc import adaptive_grad_clip as adaptive_grad_clip
-from optclip.clipping.rules.autoclip import autoclip as autoclip
-from optclip.clipping.rules.norm_growth_clip import norm_growth_clip as norm_growth_clip
-from optclip.clipping.rules.quantile_clip import quantile_clip as quantile_clip
-from optclip.clipping.rules.second_moment_clip import (
-    second_moment_clip as second_moment_clip,
-)
-from optclip.clipping.rules.spike_clip import spike_clip as spike_clip
-from optclip.clipping.rules.zclip import zclip as zclip
-from optclip.clipping.rules.skip_step import SkipState as SkipState
-from optclip.clipping.rules.skip_step import skip_step as skip_step
-
-# The parts that rules are made of.
-from optclip import actions as actions
-from optclip import groupings as groupings
-from optclip import measures as measures
-from optclip import thresholds as thresholds
-from optclip.clipping.engine import ClipState as ClipState
-from optclip.clipping.engine import clip_by as clip_by
-
-# Sums of clipped per-example gradients.
-from optclip.clipping.rules.per_example import (
-    per_example_global_norm_clip as per_example_global_norm_clip,
+from optclip import actions, groupings, initializers, measures, sets, thresholds
+from optclip._core.metrics import ClipMetrics, SkipMetrics
+from optclip._core.paths import everything, mask
+from optclip.clipping.engine import ClipState, clip_by
+from optclip.clipping.rules.adagc import adagc
+from optclip.clipping.rules.agc import adaptive_grad_clip
+from optclip.clipping.rules.autoclip import autoclip
+from optclip.clipping.rules.norm_growth_clip import norm_growth_clip
+from optclip.clipping.rules.norms import (
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_norm,
+    monitor,
 )
 from optclip.clipping.rules.per_example import (
-    per_example_layer_norm_clip as per_example_layer_norm_clip,
+    per_example_global_norm_clip,
+    per_example_layer_norm_clip,
 )
+from optclip.clipping.rules.quantile_clip import quantile_clip
+from optclip.clipping.rules.second_moment_clip import second_moment_clip
+from optclip.clipping.rules.skip_step import SkipState, skip_step
+from optclip.clipping.rules.spike_clip import spike_clip
+from optclip.clipping.rules.values import clip, clip_by_value
+from optclip.clipping.rules.zclip import zclip
+from optclip.insight.adopt_state import Adopted, adopt_state
+from optclip.insight.metrics import metrics
+from optclip.insight.norms import global_norm, leaf_norms
+from optclip.projections.clip_weights import clip_weights
+from optclip.projections.project import ProjectState, project
+from optclip.projections.project_params import project_params
+from optclip.projections.qk_clip import qk_clip, record_max_logits
 
-# Parameters that stay where they must.
-from optclip import sets as sets
-from optclip.projections.project import ProjectState as ProjectState
-from optclip.projections.clip_weights import clip_weights as clip_weights
-from optclip.projections.project import project as project
-from optclip.projections.project_params import project_params as project_params
-from optclip.projections.qk_clip import qk_clip as qk_clip
-from optclip.projections.qk_clip import record_max_logits as record_max_logits
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
-# Numbers, state and selection.
-from optclip._core.paths import everything as everything
-from optclip._core.paths import mask as mask
-from optclip._core.metrics import ClipMetrics as ClipMetrics
-from optclip._core.metrics import SkipMetrics as SkipMetrics
-from optclip.insight.metrics import metrics as metrics
-from optclip.insight.norms import global_norm as global_norm
-from optclip.insight.norms import leaf_norms as leaf_norms
-from optclip.insight.adopt_state import Adopted as Adopted
-from optclip.insight.adopt_state import adopt_state as adopt_state
-
-# First values: presets and drawing a model anew.
-from optclip import initializers as initializers
+__all__ = [
+    "Adopted",
+    "ClipMetrics",
+    "ClipState",
+    "ProjectState",
+    "SkipMetrics",
+    "SkipState",
+    "actions",
+    "adagc",
+    "adaptive_grad_clip",
+    "adopt_state",
+    "autoclip",
+    "clip",
+    "clip_by",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "clip_weights",
+    "everything",
+    "global_norm",
+    "groupings",
+    "initializers",
+    "leaf_norms",
+    "mask",
+    "measures",
+    "metrics",
+    "monitor",
+    "norm_growth_clip",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "project",
+    "project_params",
+    "qk_clip",
+    "quantile_clip",
+    "record_max_logits",
+    "second_moment_clip",
+    "sets",
+    "skip_step",
+    "spike_clip",
+    "thresholds",
+    "zclip",
+]

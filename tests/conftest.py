@@ -21,8 +21,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("optclip")
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="laws 1 to 4, 6 and 8 for one row of each kind of block, in float32",
+    )
+
+
+def pytest_configure(config):
     """A core for each worker: JAX's threads would wait for those of the others."""
+    if config.getoption("--quick"):  # most of the time is XLA's
+        jax.config.update("jax_disable_most_optimizations", True)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -42,14 +52,35 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            return "values" if SHARED.search(file) else file
+            whole = not config.getoption("--quick")  # which compiles little
+            return "values" if whole and SHARED.search(file) else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(items):
+QUICK = re.compile(r"laws/test_[123468]_")
+
+
+def is_quick(item):
+    """Whether `--quick` runs the test: by its file, its row and its dtype."""
+    from tests.laws.table import QUICK_ROWS
+
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    row, dtype = given.get("row"), given.get("dtype", "float32")
+    return (
+        QUICK.search(item.path.as_posix()) is not None
+        and (row is None or row.name in QUICK_ROWS)
+        and dtype == "float32"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """What takes longest comes first, so that no worker waits at the end."""
+    if config.getoption("--quick"):
+        left = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if is_quick(item)]
     longest = ("tests/examples/", "tests/laws/", "tests/clipping/")
 
     def rank(item):

@@ -1,0 +1,1 @@
+"""Reading numbers and states: metrics, norms on their own, and older checkpoints."""

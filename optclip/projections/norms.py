@@ -32,7 +32,7 @@ from optclip.projections.norm_arithmetic import (
 def l2_ball(
     radius: ArrayLike = 1.0,
     *,
-    grouping: Grouping = per_leaf(),  # noqa: B008 (an immutable tuple)
+    grouping: Grouping = per_leaf(),
     axis_name: AxisName = None,
 ) -> Set:
     """Leaves, or units, whose Euclidean norm is bounded.
@@ -112,7 +112,7 @@ def max_norm(
 def norm_sphere(
     radius: ArrayLike = 1.0,
     *,
-    grouping: Grouping = per_leaf(),  # noqa: B008 (an immutable tuple)
+    grouping: Grouping = per_leaf(),
     axis_name: AxisName = None,
 ) -> Set:
     """Leaves, or units, of one Euclidean norm.

@@ -39,7 +39,7 @@ from optclip.projections.base import (
 def l1_ball(
     radius: ArrayLike = 1.0,
     *,
-    grouping: Grouping = per_leaf(),  # noqa: B008 (an immutable tuple)
+    grouping: Grouping = per_leaf(),
 ) -> Set:
     """Leaves, or units, whose sum of magnitudes is bounded; many become zero.
 
@@ -91,7 +91,7 @@ def l1_ball(
 def simplex(
     total: ArrayLike = 1.0,
     *,
-    grouping: Grouping = per_leaf(),  # noqa: B008 (an immutable tuple)
+    grouping: Grouping = per_leaf(),
 ) -> Set:
     """Leaves, or units, that are not negative and have one sum: probabilities.
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from optclip._core import paths as _paths
 from optclip._core.layouts import Layout, layout
+from tests.untyped import untyped
 
 
 def spelled(path, shapes, **evidence):
@@ -470,7 +471,7 @@ def test_linen_scanned_block(layers, features, use_bias):
 
 
 def ensemble(module, members=3):
-    return nn.vmap(
+    return untyped(nn.vmap)(  # whose in_axes may be None
         module,
         variable_axes={"params": 0},
         split_rngs={"params": True},

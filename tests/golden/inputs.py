@@ -33,9 +33,9 @@ TREES = {
     # Integers whose norms are integers, so that a limit can be met exactly: l2 is 6, 3
     # and 2 by leaf and 7 over the tree, where l1 is 19 and the maximum is 3.
     "exact": {
-        "kernel": np.float32([[3, 0, 0, -3], [0, 3, 0, 0], [0, 0, -3, 0]]),
-        "bias": np.float32([2, -2, 0, 1]),
-        "scale": np.float32([-2]),
+        "kernel": np.array([[3, 0, 0, -3], [0, 3, 0, 0], [0, 0, -3, 0]], np.float32),
+        "bias": np.array([2, -2, 0, 1], np.float32),
+        "scale": np.array([-2], np.float32),
     },
     "zeros": {
         "kernel": np.zeros((3, 4), np.float32),

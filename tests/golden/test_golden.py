@@ -78,17 +78,22 @@ CONSTRAINTS = {
     "NonNeg": optclip.sets.nonnegative,
 }
 KERAS_EPSILON = 1e-7
+TINY = " tiny max_norm=1e-08"
 
 FOLDER = pathlib.Path(__file__).parent
-CASES = [
-    pytest.param(case, id=f"{library}: {case['name']}")
+CASES = {
+    f"{library}: {case['name']}": case
     for library in ("torch", "keras", "tensorflow")
     for case in json.loads((FOLDER / f"{library}.json").read_text())["cases"]
-]
+}
 
 
 def of(functions):
-    return [param for param in CASES if param.values[0]["function"] in functions]
+    return {id: case for id, case in CASES.items() if case["function"] in functions}
+
+
+def each(cases):
+    return pytest.mark.parametrize("case", cases.values(), ids=cases)
 
 
 def rtol(case):
@@ -122,28 +127,28 @@ def _measured(updates, measure):
     return optclip.global_norm(updates, measure=measure)
 
 
-@pytest.mark.parametrize("case", of(RESCALING))
+@each(of(RESCALING))
 def test_rescales_as_the_other_library(case):
     clipped = clip(RESCALING[case["function"]], case)
     # No absolute tolerance: values near 1e-8 must agree to the same digits.
     chex.assert_trees_all_close(clipped, tree(case["outputs"]), rtol=rtol(case), atol=0)
 
 
-@pytest.mark.parametrize("case", of(CLAMPING))
+@each(of(CLAMPING))
 def test_clamps_as_the_other_library(case):
     clipped = clip(CLAMPING[case["function"]], case)
     # A clamp rounds nothing but its bounds, so nothing may differ.
     chex.assert_trees_all_equal(clipped, tree(case["outputs"]))
 
 
-@pytest.mark.parametrize("case", [p for p in CASES if "norm" in p.values[0]])
+@each({id: case for id, case in CASES.items() if "norm" in case})
 def test_measures_as_the_other_library(case):
     measure = MEASURES[case["arguments"].get("norm_type", "2")]
     size = _measured(tree(case["inputs"]), measure)
     np.testing.assert_allclose(size, np.float32(case["norm"]), rtol=rtol(case), atol=0)
 
 
-@pytest.mark.parametrize("case", of(CONSTRAINTS))
+@each(of(CONSTRAINTS))
 def test_constrains_as_keras(case):
     arguments = dict(case["arguments"])
     if "axis" in arguments:
@@ -165,9 +170,7 @@ def test_every_case_is_compared():
     assert compared == len(CASES)
 
 
-@pytest.mark.parametrize(
-    "case", [p for p in of(["clip_grad_norm_"]) if " tiny max_norm=1e-08" in p.id]
-)
+@each({id: x for id, x in of(["clip_grad_norm_"]).items() if TINY in id})
 def test_pytorch_differs_without_its_convention(case):
     # PyTorch's 1e-6 is far above these gradients and shrinks them tens of times. The
     # exact rescaling does not, which shows that the comparison above can fail.

@@ -23,11 +23,12 @@ FILES = {
     library: json.loads((FOLDER / f"{library}_initializers.json").read_text())
     for library in ("torch", "keras")
 }
-CASES = [
-    pytest.param(case, id=f"{library}: {case['name']}")
+CASES = {
+    f"{library}: {case['name']}": case
     for library, file in FILES.items()
     for case in file["cases"]
-]
+}
+DIRAC = {id: case for id, case in CASES.items() if "ones" in case}
 
 
 def drawn(case):
@@ -44,7 +45,7 @@ def drawn(case):
     return np.asarray(new[case["path"]], np.float64)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_draws_from_the_same_law(case):
     values, count, stddev = drawn(case), case["count"], case["stddev"]
     # Five standard errors of the difference of two samples, of which each has one; the
@@ -64,7 +65,7 @@ def test_draws_from_the_same_law(case):
         np.testing.assert_allclose(deciles, case["deciles"], atol=1.75 * error, rtol=0)
 
 
-@pytest.mark.parametrize("case", [p for p in CASES if "ones" in p.values[0]])
+@pytest.mark.parametrize("case", DIRAC.values(), ids=DIRAC)
 def test_a_dirac_kernel_has_its_ones_in_the_same_places(case):
     assert np.argwhere(drawn(case) == 1).tolist() == case["ones"]
 
@@ -85,6 +86,6 @@ def test_gain_knows_all_of_pytorchs_names():
 
 def test_another_law_is_told_apart():
     # Xavier's in the place of PyTorch's default: the comparison above can fail.
-    case = next(p.values[0] for p in CASES if p.values[0]["name"] == "Linear.weight")
+    case = next(case for case in CASES.values() if case["name"] == "Linear.weight")
     with pytest.raises(AssertionError):
         test_draws_from_the_same_law({**case, "preset": "xavier_uniform"})

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from optclip.initializers import roles_of
+from tests.untyped import untyped
 
 X, IMAGE = jnp.ones((2, 7, 16)), jnp.ones((1, 9, 9, 4))
 
@@ -25,7 +26,7 @@ def of_nnx(make, **said):
 
 
 def ensemble(module, members=3):
-    return nn.vmap(
+    return untyped(nn.vmap)(  # whose in_axes may be None
         module,
         variable_axes={"params": 0},
         split_rngs={"params": True},

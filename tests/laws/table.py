@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     name: str
     kind: str
-    build: Callable[..., optax.GradientTransformationExtraArgs]
+    build: Callable[..., Any]
     oracle: dict[str, Any]
     public: str
     argument: str | None = None
@@ -65,9 +65,19 @@ class Row(NamedTuple):
     fuses: bool | str = True
 
 
+def _threshold(limit: Any) -> thresholds.Threshold:
+    if isinstance(limit, Callable):
+        return thresholds.scheduled(limit)
+    return thresholds.constant(limit)
+
+
+def _negative(limit: Any) -> Any:
+    return (lambda step: -limit(step)) if isinstance(limit, Callable) else -limit
+
+
 def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Callable:
     return lambda limit, **options: optclip.clip_by(
-        thresholds.scheduled(limit) if callable(limit) else thresholds.constant(limit),
+        _threshold(limit),
         measure=measure,
         grouping=grouping,
         action=actions.rescale() if action is None else action,
@@ -228,9 +238,7 @@ ROWS = [
         lambda limit, **options: optclip.clip_by(
             thresholds.tightest(
                 thresholds.constant(float("inf")),
-                thresholds.scheduled(limit)
-                if callable(limit)
-                else thresholds.constant(limit),
+                _threshold(limit),
                 thresholds.unlimited(),
             ),
             **options,
@@ -251,10 +259,8 @@ ROWS = [
     Row(
         "clip_by_value-interval",
         "elementwise",
-        lambda limit: (
-            optclip.clip_by_value(min_value=lambda t: -limit(t), max_value=limit)
-            if callable(limit)
-            else optclip.clip_by_value(min_value=-limit, max_value=limit)
+        lambda limit: optclip.clip_by_value(
+            min_value=_negative(limit), max_value=limit
         ),
         {"grouping": "element"},
         public="clip_by_value",
@@ -491,3 +497,25 @@ def projections(**wanted: Any) -> list[Any]:
         for row in PROJECTIONS
         if all(getattr(row, field) == value for field, value in wanted.items())
     ]
+
+
+# One row of each kind of block, for `make quick`: the whole tree as one group, vectors
+# of leaves, labels and examples, arrays of units and of elements, a flat rule without
+# groups, a learned limit, a wrapper, a measurement; then sets of each kind.
+QUICK_ROWS = (
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by-per_label",
+    "clip_by-per_example",
+    "clip_by_norm-per_unit",
+    "clip_by-per_element",
+    "clip_by_value",
+    "spike_clip",
+    "skip_step",
+    "monitor",
+    "box",
+    "l2_ball",
+    "max_norm",
+    "simplex",
+    "spectral_ball",
+)

@@ -137,7 +137,7 @@ def test_what_another_leaf_costs_to_compile(ours, theirs, times):
         grads = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * count
         state = jax.eval_shape(tx.init, grads)
         compiled = jax.jit(tx.update, donate_argnums=0).lower(grads, state).compile()
-        return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text(), re.M))
+        return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text() or "", re.M))
 
     def each(tx: optax.GradientTransformation) -> float:
         return (instructions(tx, 40) - instructions(tx, 20)) / 20
@@ -148,9 +148,9 @@ def test_what_another_leaf_costs_to_compile(ours, theirs, times):
 @DTYPES
 def test_no_temporary_copy_on_its_own(dtype: jnp.dtype):
     grads = [jax.ShapeDtypeStruct(shape, dtype) for shape in SHAPES.values()]
-    compiled = jax.jit(optclip.global_norm).lower(grads).compile()
+    memory = jax.jit(optclip.global_norm).lower(grads).compile().memory_analysis()
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in grads)
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * total
+    assert memory is not None and memory.temp_size_in_bytes < 0.01 * total
 
 
 def test_the_measure_of_memory_sees_a_copy():
@@ -171,9 +171,9 @@ def test_projections_keep_no_temporary_copy(row: Constraint, dtype: jnp.dtype):
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
     tx = optclip.project(row.make(1.0))
     state = jax.eval_shape(tx.init, grads)
-    compiled = jax.jit(tx.update).lower(grads, state, grads).compile()
+    memory = jax.jit(tx.update).lower(grads, state, grads).compile().memory_analysis()
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in grads.values())
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * total
+    assert memory is not None and memory.temp_size_in_bytes < 0.01 * total
 
 
 def stepping(

@@ -80,8 +80,8 @@ def test_every_number_lands_in_every_box(dtype, wide, record_property):
             ).sum()
             if number == 0.01:
                 eager = step(params, updates)
-                same = (np.asarray(x).astype(np.float32) for x in (eager, once))
-                np.testing.assert_array_equal(*same)
+                ours, theirs = (np.asarray(x, np.float32) for x in (eager, once))
+                np.testing.assert_array_equal(ours, theirs)
     record_property("naive", f"{missed_naively / count:.1%}")
     print(f"{missed} of {count} outside, {missed_naively / count:.1%} naively")
     assert missed == missed_outside == 0
@@ -164,6 +164,7 @@ def nearest_to(row, x, size):
             return oracle.norm_range(x, size / 2, size)
         case "simplex":
             return oracle.simplex(x, size)
+    raise ValueError(row.name)
 
 
 def drawn(seed, dtype, wide, scale):

@@ -17,6 +17,7 @@ import optclip
 from tests.laws import trees
 from tests.laws.table import projections, rows
 from tests.laws.trees import Case, combinations
+from tests.untyped import untyped
 
 EVERY = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
 
@@ -198,6 +199,6 @@ def test_projections(row):
         chex.assert_trees_all_equal_shapes_and_dtypes(out[part], params[part])
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     for tree in ({}, None, {"a": {}, "b": None}, optax.MaskedNode()):
-        assert_same(
-            tx.update(tree, tx.init(tree), tree if tree is not None else {})[0], tree
-        )
+        given = untyped(tree)
+        empty = {} if tree is None else given
+        assert_same(tx.update(given, tx.init(given), empty)[0], tree)

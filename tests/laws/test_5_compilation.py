@@ -20,6 +20,7 @@ from flax.training.train_state import TrainState
 import optclip
 from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import on_mesh
+from tests.untyped import untyped
 
 EVERY = pytest.mark.parametrize(
     "row",
@@ -205,7 +206,7 @@ def test_vmaps_over_updates_states_and_thresholds(row):
 @EVERY
 def test_masked(row):
     tx = optax.masked(row.build(1.0), {"alpha": True, "beta": False})
-    out, _ = tx.update(STREAM[2], tx.init(PARAMS), PARAMS)
+    out, _ = untyped(tx).update(STREAM[2], tx.init(PARAMS), PARAMS)
     alone, _ = row.build(1.0).update(ALPHA, None, {"alpha": PARAMS["alpha"]})
     assert_within_ulps({"alpha": out["alpha"]}, alone)
     chex.assert_trees_all_equal(out["beta"], STREAM[2]["beta"])
@@ -230,7 +231,7 @@ def test_partition(row, name):
 def test_inject_hyperparams(row):
     """A limit in the state is read from it, and schedules are followed."""
     with optax_needs_promotion():
-        tx = optax.inject_hyperparams(injectable(row))(limit=1.0)
+        tx = untyped(optax.inject_hyperparams(injectable(row))(limit=1.0))
         update, state = jax.jit(tx.update), tx.init(PARAMS)
         for updates, limit in zip(STREAM[1:3], (1.0, 0.25), strict=True):
             state.hyperparams["limit"] = jnp.asarray(limit, jnp.float32)
@@ -267,7 +268,7 @@ def test_inject_hyperparams_on_the_public_rule(public, argument, dtype):
     """
     rule = getattr(optclip, public)
     updates = jax.tree.map(lambda x: x.astype(dtype), STREAM[2])
-    tx = optax.inject_hyperparams(rule)(**{argument: 1.0})
+    tx = untyped(optax.inject_hyperparams(rule)(**{argument: 1.0}))
     state = tx.init(updates)
     assert set(state.hyperparams) == {argument}
     out, _ = jax.jit(tx.update)(updates, state, updates)
@@ -308,7 +309,7 @@ def test_apply_if_finite(row):
 @EVERY
 def test_named_chain(row):
     tx = optax.named_chain(("clip", row.build(1.0)), ("sign", optax.scale(-1.0)))
-    out, state = tx.update(STREAM[2], tx.init(PARAMS), PARAMS)
+    out, state = untyped(tx).update(STREAM[2], tx.init(PARAMS), PARAMS)
     assert_within_ulps(out, negative(clipped(row.name)(1.0, STREAM[2])))
     assert set(state) == {"clip", "sign"}
 
@@ -319,7 +320,7 @@ def test_map_params(row):
     map_params = getattr(optax.tree, "map_params", None) or optax.tree_map_params
     tx = optax.chain(row.build(1.0), optax.scale_by_adam())
     state = tx.init(PARAMS)
-    mapped = map_params(
+    mapped = untyped(map_params)(
         tx, lambda x, p: "moment", state, PARAMS, transform_non_params=lambda x: "rest"
     )
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
@@ -404,7 +405,7 @@ def test_nnx_optimizer(row, sharded):
         mesh = on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
     with mesh:
         start = jax.tree.map(jnp.zeros_like, PARAMS)
-        model = Net(start, axis)
+        model = untyped(Net(start, axis))
         again = jax.tree.map(jnp.copy, start)  # the model's own buffers are donated
         if sharded:
             assert "data" in model.alpha.kernel[...].sharding.spec
@@ -436,7 +437,7 @@ SETS = pytest.mark.parametrize("row", projections())
 def projected(name):
     """The set, its transform, and what it gives after the third step of the stream."""
     (row,) = (p.values[0] for p in projections(name=name))
-    tx = optclip.project(row.make(0.75))
+    tx = untyped(optclip.project(row.make(0.75)))
     return tx, jax.jit(tx.update)(STREAM[2], tx.init(PARAMS), PARAMS)[0]
 
 

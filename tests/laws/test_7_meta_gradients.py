@@ -18,6 +18,7 @@ import optclip
 from tests.laws import trees
 from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import combinations
+from tests.untyped import untyped
 
 
 def weighted(row, tree, limit):
@@ -156,7 +157,7 @@ def test_projections(row):
     def gradient(params, updates, size):
         tx = optclip.project(row.make(size))
         updates, _ = tx.update(updates, tx.init(params), params)
-        return jnp.sum(jnp.sin(optax.apply_updates(params, updates)))
+        return jnp.sum(jnp.sin(untyped(optax.apply_updates(params, updates))))
 
     zero, ones = jnp.zeros((4, 4)), jnp.ones((4, 4))
     repeated = jnp.asarray(orthogonal, jnp.float32)

@@ -14,10 +14,15 @@ import numpy as np
 import optax
 import pytest
 
-import optclip
-from optclip import actions, groupings, measures, sets, thresholds
+import optclip as typed
 from tests.laws import trees
 from tests.laws.table import PROJECTIONS, ROWS, projections, rows
+from tests.untyped import untyped
+
+# Called with the wrong types on purpose, which a type checker would find.
+optclip = untyped(typed)
+actions, groupings, measures = optclip.actions, optclip.groupings, optclip.measures
+sets, thresholds = optclip.sets, optclip.thresholds
 
 NAMED = [p for p in rows("clip", "elementwise", "wrapper") if p.values[0].argument]
 LIMITED = rows("clip", "elementwise")
@@ -77,7 +82,7 @@ def test_traced_limit(row):
     """A tracer passes, and so does a JAX array; below zero they count as zero."""
     if row.name == "clip_by_value-interval":
         pytest.skip("its bounds are any two numbers: there is no zero to count as")
-    out, _ = trees.run(row, trees.Case(ones(row), np.float32(-1.0)))
+    out, _ = trees.run(row, trees.Case(jax.device_get(ones(row)), np.float32(-1.0)))
     assert all(np.all(x == 0) for x in out.values())
     assert callable(row.build(jnp.float32(-1.0)).update)
 

@@ -10,6 +10,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.laws.table import ROWS, Row
 from tests.oracles import fixed
+from tests.untyped import untyped
 
 # Two labels (the first letter), a matrix beside its bias, one alone, and a scalar.
 SHAPES = {"a/bias": (3,), "a/kernel": (4, 3), "b/kernel": (2, 5), "b/temperature": ()}
@@ -70,14 +72,14 @@ def in_x64(dtype: Any) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # its place before jax 0.8
-
-    return enable_x64(True)
+    return untyped(jax.experimental).enable_x64(True)  # its place before jax 0.8
 
 
 def on_mesh(mesh: Any) -> contextlib.AbstractContextManager:
     """The mesh in scope, by the name that each release has for it."""
-    return (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh)
+    if hasattr(jax, "set_mesh"):
+        return jax.set_mesh(mesh)
+    return untyped(jax.sharding).use_mesh(mesh)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ def size(values: np.ndarray, measure: str | float) -> float:
         return float(largest * np.sum(y))
     if measure == "max_abs":
         return float(largest)
+    measure = float(measure)
     return float(largest * np.sum(y**measure) ** (1 / measure))
 
 

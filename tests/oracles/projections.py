@@ -6,8 +6,10 @@ bisection, spheres by division, singular values by NumPy.
 
 import numpy as np
 
+Bound = float | np.ndarray
 
-def box(x: np.ndarray, lower: float, upper: float) -> np.ndarray:
+
+def box(x: np.ndarray, lower: Bound, upper: Bound) -> np.ndarray:
     """Each element on its own."""
     return np.minimum(np.maximum(x, lower), upper)
 

@@ -8,6 +8,7 @@ from scipy import optimize
 import optclip
 from optclip import groupings, sets
 from tests.oracles import projections as oracle
+from tests.untyped import untyped
 
 X = 2 * np.random.default_rng(3).standard_normal((4, 3))
 
@@ -127,7 +128,7 @@ def test_qk_clip(key_heads, seed):
     params = {"query": {"kernel": query}, "key": {"kernel": key}}
     params = {k: {"kernel": v["kernel"].astype("f")} for k, v in params.items()}
     zeros = {k: {"kernel": 0 * v["kernel"]} for k, v in params.items()}
-    tx = optclip.qk_clip(100.0)
+    tx = untyped(optclip.qk_clip(100.0))
     updates, _ = tx.update(zeros, tx.init(params), params, max_logits={"": largest})
     wanted = oracle.qk_clip(query, key, largest, 100.0)
     for name, want in zip(("query", "key"), wanted, strict=True):

@@ -20,6 +20,7 @@ import optclip
 from optclip import groupings, thresholds
 from tests.laws.trees import in_x64, on_mesh
 from tests.oracles import adaptive
+from tests.untyped import untyped
 
 
 def step_by_step(tx, stream, params=None):
@@ -365,32 +366,46 @@ def test_each_label_and_unit_is_on_its_own(rule):
 
 
 SCALE_FREE = {  # for gradients in any unit
-    "autoclip": lambda unit: optclip.autoclip(50.0, window=20),
-    "spike_clip": lambda unit: optclip.spike_clip(),
-    "zclip": lambda unit: optclip.zclip(warmup_steps=10, eps=0.0),
-    "adagc": lambda unit: optclip.adagc(absolute=unit, warmup_steps=5),
-    "quantile_clip": lambda unit: optclip.quantile_clip(),
-    "norm_growth_clip": lambda unit: optclip.norm_growth_clip(),
-    "second_moment_clip": lambda unit: optclip.second_moment_clip(9.0, 0.9),
-    "adaptive_grad_clip": lambda unit: optclip.adaptive_grad_clip(0.5, 2 * unit),
+    "autoclip": lambda unit, g: optclip.autoclip(50.0, window=20, grouping=g),
+    "spike_clip": lambda unit, g: optclip.spike_clip(grouping=g),
+    "zclip": lambda unit, g: optclip.zclip(warmup_steps=2, eps=0.0, grouping=g),
+    "adagc": lambda unit, g: optclip.adagc(absolute=unit, warmup_steps=5, grouping=g),
+    "quantile_clip": lambda unit, g: optclip.quantile_clip(grouping=g),
+    "norm_growth_clip": lambda unit, g: optclip.norm_growth_clip(grouping=g),
+    "second_moment_clip": lambda unit, g: optclip.second_moment_clip(
+        9.0, 0.9, warmup_steps=2, grouping=g
+    ),
+    "adaptive_grad_clip": lambda unit, g: optclip.adaptive_grad_clip(
+        0.5, 2 * unit, grouping=g
+    ),
 }
+# At 2^-83, about 1e-25, squares vanish; at 2^100 they overflow.
+POWERS = (-100, -83, -50, 83, 100)
 
 
+@pytest.mark.parametrize("grouping", ["whole", "per_leaf", "per_unit"])
 @pytest.mark.parametrize("rule", SCALE_FREE)
-def test_the_unit_of_gradients_does_not_matter(rule):
-    """Powers of two are exact; squares of the larger one leave float32's range."""
+def test_the_unit_of_gradients_does_not_matter(rule, grouping):
+    """From the first limits on, which have to be learned. Powers of two are exact."""
     stream = {path: x for path, x in spiky(steps=40).items() if path[0] == "a"}
+    for x in stream.values():
+        x[1:3] = [x[0], 1000 * x[0]]  # a spike under a limit that has seen two steps
     params = {path: np.ones_like(x[0]) for path, x in stream.items()}
 
     @jax.jit
     def run(unit):
         scaled, weights = jax.tree.map(lambda x: x * unit, (stream, params))
-        last, outs = step_by_step(SCALE_FREE[rule](unit), scaled, weights)
+        tx = SCALE_FREE[rule](unit, getattr(groupings, grouping)())
+        last, outs = step_by_step(tx, scaled, weights)
         return last, jax.tree.map(lambda x: x / unit, outs)
 
     state, wanted = jax.device_get(run(np.float32(1.0)))
     assert state.metrics.clipped_steps > 0
-    for power in (-50, 100):
+    for path, x in stream.items():
+        assert np.all(np.abs(wanted[path][2]) < 100 * np.abs(x[0]))
+    # Parameters whose squares vanish count as zero for AGC: its eps is far above them.
+    powers = POWERS[2:] if rule == "adaptive_grad_clip" else POWERS
+    for power in powers:
         _, outs = jax.device_get(run(np.float32(2.0**power)))
         for path in stream:
             # The logarithm of 2^100 has fewer digits after its point.
@@ -645,9 +660,8 @@ def test_inject_hyperparams(rule):
     params = np.full(3, 0.7, np.float32)
     stream = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
 
-    tx = optax.inject_hyperparams(factory, static_args=tuple(structural))(
-        **numbers, **structural
-    )
+    build = optax.inject_hyperparams(factory, static_args=tuple(structural))
+    tx = untyped(build(**numbers, **structural))
 
     @jax.jit
     def run(state):
@@ -720,7 +734,7 @@ def test_agc_leaves_the_head_of_a_linen_model():
     gradient = jax.grad(lambda p: loss_of(model.apply(p, x)))(params)
     tx = agc_but_head()
     updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
-    moved = optax.apply_updates(params, updates)
+    moved = untyped(optax.apply_updates(params, updates))
     check_exclusion(gradient["params"], params["params"], moved["params"])
 
 
