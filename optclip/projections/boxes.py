@@ -156,8 +156,9 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
         x = param.astype(np.promote_types(param.dtype, np.float32))
         largest = jnp.max(jnp.abs(x))
         largest = meshes.remembering(largest, jnp.sum(jnp.square(x)))
-        axes = meshes.axes_of(meshes.bound(axis_name))("")
-        axes = meshes.varying_axes(param) if axes is None else axes
+        axes = meshes.varying_axes(param)
+        if axis_name is not None:
+            axes = meshes.as_tuple(axis_name) if meshes.bound(axis_name) else ()
         if axes:
             largest = meshes.largest_across(largest, axes)
         scale = largest.astype(jnp.float32)
