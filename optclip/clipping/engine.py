@@ -34,7 +34,7 @@ from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import ClipMetrics
 from optclip._core.public import error, public
 from optclip._core.sizes import in_doubt, precise_sizes, summed_sizes
-from optclip._core.types import AxisName, Limit, Nonfinite
+from optclip._core.types import AxisName, Limit, Nonfinite, Tree
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.other_sizes import combined_size, sizes_of_params
 from optclip.clipping.state_blocks import blank_state, packed, repacked, unpacked
@@ -176,7 +176,7 @@ class _Clip:
     def learns(self) -> bool:
         return self.threshold.init is not None
 
-    def init(self, params: optax.Params) -> optax.OptState:
+    def init(self, params: optax.Params) -> Tree:
         # `init` often runs outside the shard_map whose axes are named.
         here = self.mesh_axes if meshes.bound(self.axis_name) else meshes.axes_of(())
         groups, leaves = gather(params, self.grouping, here)
@@ -202,10 +202,10 @@ class _Clip:
     def update(
         self,
         updates: optax.Updates,
-        state: optax.OptState | None,
+        state: Tree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[optax.Updates, Tree]:
         del extra_args
         if state is None:
             state = self.init(updates if params is None else params)
