@@ -216,7 +216,7 @@ class _Clip:
         if self.learns:
             own = unpacked(groups, self.blank, state.threshold)
             known = known._replace(states=own)
-        if self.threshold.needs_params:
+        if self.threshold.needs_params and groups.groups:
             parts = self.measure, self.grouping, self.mesh_axes
             own = sizes_of_params(groups, updates, params, *parts)
             known = known._replace(params=own)
