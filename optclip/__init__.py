@@ -93,12 +93,9 @@ from optclip.clipping.rules.zclip import zclip
 from optclip.insight.adopt_state import Adopted, adopt_state
 from optclip.insight.metrics import metrics
 from optclip.insight.norms import global_norm, leaf_norms
-from optclip.projections.project import (
-    ProjectState,
-    clip_weights,
-    project,
-    project_params,
-)
+from optclip.projections.clip_weights import clip_weights
+from optclip.projections.project import ProjectState, project
+from optclip.projections.project_params import project_params
 from optclip.projections.qk_clip import qk_clip, record_max_logits
 
 __version__ = "0.1.0"  # pyproject.toml reads it here

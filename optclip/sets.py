@@ -1,11 +1,11 @@
-"""Where parameters must stay: the sets for `project` and `project_params`.
+"""Sets that parameters are kept in, for `project` and `project_params`.
 
 | set | its points |
 |---|---|
 | `box(lower, upper)` | elements between two bounds |
 | `nonnegative()` | elements that are not negative |
 | `linf_ball(radius)` | elements of bounded magnitude |
-| `init_box(kappa)` | elements up to kappa times the largest first value |
+| `init_box(kappa)` | elements up to kappa times the largest one at init |
 | `l2_ball(radius)` | leaves, or units, of bounded Euclidean norm |
 | `max_norm(max_value, axis)` | units of bounded norm: Keras' MaxNorm |
 | `norm_sphere(radius)` | leaves, or units, of one norm |
@@ -17,16 +17,16 @@
 | `orthogonal()` | matrices with orthonormal columns or rows |
 | `intersection(a, b)` | points of two sets |
 
-`Set` makes one of your own.
+`Set` builds one of your own: its docstring has an example.
 """
 
-from optclip.projections.balls import l2_ball, max_norm
 from optclip.projections.base import Set
 from optclip.projections.boxes import box, init_box, linf_ball, nonnegative
 from optclip.projections.intersection import intersection
+from optclip.projections.matrices import orthogonal, spectral_ball
+from optclip.projections.norm_range import norm_range
+from optclip.projections.norms import l2_ball, max_norm, norm_sphere, unit_norm
 from optclip.projections.sorted_sets import l1_ball, simplex
-from optclip.projections.spectral import orthogonal, spectral_ball
-from optclip.projections.spheres import norm_range, norm_sphere, unit_norm
 
 __all__ = [
     "Set",

@@ -97,7 +97,12 @@ def per_leaf() -> Grouping:
     >>> print(updates["a"], updates["b"])
     [1.] [0.5]
     """
-    return Grouping(None, lambda leaf: leaf.number, named=True)
+    return Grouping(None, by_number, named=True)
+
+
+def by_number(leaf: Place) -> int:
+    """The label of a leaf that is a group by itself."""
+    return leaf.number
 
 
 @public

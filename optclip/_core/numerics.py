@@ -26,7 +26,9 @@ def is_measured(leaf: Any) -> bool:
         return True
     dtype = getattr(leaf, "dtype", None)
     return (
-        dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.size(leaf) > 0
+        dtype is not None
+        and jnp.issubdtype(dtype, jnp.inexact)
+        and math.prod(leaf.shape) > 0  # not `jnp.size`, which takes no abstract leaf
     )
 
 

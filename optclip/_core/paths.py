@@ -55,7 +55,7 @@ class Path(str):
 class Leaf(NamedTuple):
     """A leaf and its path."""
 
-    path: Path
+    path: str  # a `Path` where it comes from `leaves`
     value: Any
 
 
@@ -217,7 +217,8 @@ def prefixes(
     )
     # Spelled with plain leaves in the place of values that may be trees themselves.
     numbers = jax.tree_util.tree_unflatten(treedef, range(len(flat)))
-    return [(path.place, flat[number]) for path, number in leaves(numbers)]
+    order = jax.tree_util.tree_leaves(numbers)
+    return [(p.place, flat[n]) for p, n in zip(spelled(numbers), order, strict=True)]
 
 
 def prefixes_of(path: str) -> list[Place]:

@@ -1,16 +1,21 @@
-"""Rounding to the numbers that a leaf's dtype holds: to nearest, up, down, inward."""
+"""Rounding to the numbers that a leaf's dtype holds: to nearest, up, down, inward.
+
+What lands parameters in a set stands on it, and every bound that is compared with an
+array. "Inward" means that a bound which the dtype cannot hold becomes the next number
+on its inner side: 0.01 is 0.009949 in bfloat16, whose nearest number is 0.01001.
+"""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from optclip._core import numerics
 
 
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Real numbers of x's dtype that a narrower one holds too; finite stays finite.
 
     Compilers may skip a cast to half precision that is followed by one back. They may
@@ -22,15 +27,17 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
         return x
     if info.nexp >= 8:  # as float32, so that only its last few numbers overflow
         return jax.lax.reduce_precision(x, info.nexp, info.nmant)
-    x = jnp.where(jnp.isinf(x), x, jnp.clip(x, float(info.min), float(info.max)))
+    top = float(info.max)
+    x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -top, top))
     spacing = float(info.smallest_subnormal)
     subnormal = jnp.round(x / spacing) * spacing
-    normal = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    # One exponent more, because types without infinity use the last one for numbers.
+    normal = jax.lax.reduce_precision(x, info.nexp + 1, info.nmant)
     return jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def neighbour(x: jax.Array, dtype: Any, upward: jax.Array) -> jax.Array:
+def neighbour(x: jax.Array, dtype: DTypeLike, upward: jax.Array) -> jax.Array:
     """The next number up or down that a dtype holds, which holds x too; x is finite.
 
     Of float32 and bfloat16 the neighbour of zero is a normal number, as others would be
@@ -48,32 +55,64 @@ def neighbour(x: jax.Array, dtype: Any, upward: jax.Array) -> jax.Array:
 
 
 @neighbour.defjvp
-def _neighbour_jvp(dtype: Any, primals: Any, tangents: Any) -> Any:
+def _neighbour_jvp(
+    dtype: DTypeLike,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
     return neighbour(primals[0], dtype, primals[1]), tangents[0]
 
 
-def rounded_towards(x: jax.Array, dtype: Any, upward: jax.Array) -> jax.Array:
+def rounded_towards(x: jax.Array, dtype: DTypeLike, upward: jax.Array) -> jax.Array:
     """As `rounded`, but up or down."""
     nearest = rounded(x, dtype)
     missed = jnp.where(upward, nearest < x, nearest > x)
     return jnp.where(missed, neighbour(nearest, dtype, upward), nearest)
 
 
-def bound_towards(bound: Any, dtype: Any, toward: float) -> jax.Array:
+def bound_towards(bound: ArrayLike, dtype: DTypeLike, toward: float) -> jax.Array:
     """A bound in a real dtype, rounded towards a number that lies on its inner side.
 
-    A Python number is a float64: 0.1 lies below its nearest float32.
+    A Python number is a float64: 0.1 lies below its nearest float32. A bound beyond a
+    dtype's numbers is its infinity on the outer side or, where it has none, its largest
+    number, which bounds as little.
     """
     if isinstance(bound, jax.Array):
         wide = numerics.wide_dtype(dtype)
         if jnp.issubdtype(bound.dtype, jnp.floating):
             wide = np.promote_types(wide, bound.dtype)
-        bound = bound.astype(wide)
-        return rounded_towards(bound, dtype, toward > bound).astype(dtype)
-    exact = np.asarray(bound, np.float64)
-    with np.errstate(over="ignore"):
+        found = bound.astype(wide)
+        found = rounded_towards(found, dtype, toward > found)
+        if np.isnan(np.asarray(np.inf, dtype)):  # some types of 8 bits
+            top = float(jnp.finfo(dtype).max)
+            found = jnp.clip(found, -top, top)
+        return found.astype(dtype)
+    return jnp.asarray(static_bound(bound, dtype, toward).astype(dtype))
+
+
+def static_bound(bound: ArrayLike, dtype: DTypeLike, toward: float) -> np.ndarray:
+    """The same of a bound that is no JAX array, as float64 whatever the dtype.
+
+    It is infinite where the dtype has no number on the inner side.
+    """
+    exact, top = np.asarray(bound, np.float64), float(jnp.finfo(dtype).max)
+    if np.isnan(np.asarray(np.inf, dtype)):
+        lowest, highest = np.maximum(exact, -top), np.minimum(exact, top)
+        exact = np.where(toward >= exact, lowest, highest)
+    with np.errstate(over="ignore", invalid="ignore"):
         nearest = exact.astype(dtype)
     back = nearest.astype(np.float64)
+    back = np.where(np.isnan(back), np.copysign(np.inf, exact), back)
     missed = np.where(toward > exact, back < exact, back > exact) & (toward != exact)
-    stepped = np.nextafter(nearest, np.asarray(toward, dtype))
-    return jnp.asarray(np.where(missed, stepped, nearest))
+    end = np.asarray(np.clip(toward, -top, top), dtype)
+    stepped = np.nextafter(nearest, end).astype(np.float64)
+    return np.where(missed, stepped, back)
+
+
+def power_of_two(x: jax.Array, room: int = 0) -> jax.Array:
+    """One near x > 0, times 2^room: dividing by it rounds nothing; 1 near other x."""
+    x = jax.lax.stop_gradient(x)
+    usable = (x > 0) & jnp.isfinite(x)
+    _, exponent = jnp.frexp(jnp.where(usable, x, 0.5))
+    end = int(jnp.finfo(x.dtype).maxexp) - 3  # its reciprocal is a normal number too
+    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent + room, -end, end))

@@ -1,22 +1,24 @@
-"""Projections: parameters that stay where they must.
+"""Projections: parameters that stay in a set.
 
     params + updates --landing--> what they would become --set--> nearest point
            --landing--> updates that `optax.apply_updates` turns into that point
 
-One file a step:
+Where to look:
 
-    base            `Set`: nearest point, membership, memory; and over which axes
-    boxes           every element on its own: intervals
-    norms           the norms of units: measured, bounded from inside, given
-    balls           norms that are bounded: `l2_ball`, Keras' `max_norm`
-    spheres         norms that are fixed or kept in a range: Keras' other constraints
-    sorted_sets     the l1 ball and the simplex, which sort
-    spectral        singular values of matrices
-    intersections   both of two sets
-    landing         the arithmetic of `apply_updates`, predicted and steered
-    places          which leaves, on which set
-    closing         `project`, `project_params`, `clip_weights`: the doors
-    qk_clip         heads whose attention logits grew too large
+    base              `Set`: what a set is made of, and over which axes it extends
+    boxes             every element on its own: intervals
+    norms             Euclidean norms of units: balls and spheres
+    norm_range        the same, in a range
+    norm_arithmetic   how those norms are measured and given, over all of the range
+    sorted_sets       the l1 ball and the simplex, which sort
+    matrices          sets of matrices by their singular values
+    polar             the same by products of matrices (Newton-Schulz)
+    intersection      the points of two sets that lie in both
+    landing           the arithmetic of `apply_updates`, predicted and steered
+    project           `project`: which leaves on which set, at every step
+    clip_weights      WGAN's weight clipping
+    project_params    parameters projected at once, outside of a chain
+    qk_clip           attention heads whose logits grew too large
 
-`optclip.sets` is the public name of the sets.
+`optclip.sets` is the public name of the sets. Nothing here imports from `clipping`.
 """

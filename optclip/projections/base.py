@@ -1,57 +1,110 @@
 """What a set is: a few small pure functions, from which every projection is made.
 
     extent    path, leaf, all shapes -> over which axes one point of the set extends
-    measure   x, extent -> what is to be known of a point as a whole: its norm, say
+    measure   a sum, extent -> what is to be known of a point as a whole: its norm, say
     project   x, what was measured, memory -> the nearest point, in x's dtype
     contains  x, what was measured, memory -> whether each point lies in the set
     init      parameter -> memory, for a set that remembers how the parameter started
 
 A point is a group of elements within one leaf: an element, a unit, a matrix, the leaf.
-All points of a leaf are projected at once, each on its own. Measuring stands apart from
-projecting because x is a sum that need not be in memory: XLA computes it once in the
-loop that measures and once in the loop that writes, if nothing else joins the two.
+All points of a leaf are projected at once, each on its own. `project` calls `extent`,
+`measure` and `project`, in this order, for every leaf.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
-from optclip._core import groupings, meshes, paths
-from optclip._core import groups as blocks
+from optclip._core import checks, groupings, groups, meshes, paths
 from optclip._core.groupings import Grouping
-from optclip._core.public import Part, error
+from optclip._core.public import Part, caller, error, naming
+from optclip._core.types import AxisName, Shapes
 
-Shape = tuple[int, ...]
+T = TypeVar("T")
+ExtentOf = Callable[[str, jax.Array, Shapes], "Extent"]
+
+
+class Sum(NamedTuple):
+    """The sum of a parameter and its update, which need not be in memory.
+
+    XLA computes it once in the loop that measures and once in the loop that writes, if
+    nothing joins the two; so each call of `value` computes it anew.
+    """
+
+    terms: tuple[jax.Array, ...]
+
+    def value(self, *after: jax.Array) -> jax.Array:
+        """The sum, in the widest dtype of its terms and float32.
+
+        A second one, `after` what a first was reduced to, shares no copy with it.
+        """
+        if len(self.terms) == 1:
+            return self.terms[0]
+        terms, _ = jax.lax.optimization_barrier((self.terms, after))
+        wide = np.dtype(np.float32)
+        for term in terms:  # NumPy's promotion: JAX's strict one would refuse
+            wide = np.promote_types(wide, term.dtype)
+        return functools.reduce(jnp.add, [term.astype(wide) for term in terms])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Set(Part):
-    """Where parameters must stay; see this module's docstring for the functions.
+    """Where parameters must stay: what the functions of `optclip.sets` return.
 
-    Made by the functions of `optclip.sets` and used by `project`, `project_params` and
-    `sets.intersection`.
+    A set of your own is made of the same functions. It is used by `project`,
+    `project_params` and `sets.intersection`.
 
     Attributes:
-      extent: raises if the set does not fit the leaf.
-      measure: `as_it_is` gives the extent itself, for sets that look at x only once.
-      project: keeps shape and dtype; the result lies in the set as the dtype holds it.
-      contains: booleans that broadcast against x.
-      init: None for a set without memory; else to a vector of float32.
+      extent: (path, leaf, shapes of all leaves by path) to whatever `measure` needs;
+        raises if the set does not fit the leaf.
+      measure: (sum, extent) to whatever `project` and `contains` need. `sum.value()` is
+        the array; sets that look at it only once return the extent.
+      project: (x, measured, memory) to the nearest point, of x's shape and dtype, which
+        lies in the set as the dtype holds it.
+      contains: (x, measured, memory) to booleans that broadcast against x.
+      init: None for a set without memory; else parameter to a vector of float32.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> signs = optclip.sets.Set(
+    ...     extent=lambda path, leaf, shapes: None,
+    ...     measure=lambda total, extent: extent,
+    ...     project=lambda x, measured, memory: jnp.where(x < 0, -1.0, 1.0),
+    ...     contains=lambda x, measured, memory: jnp.abs(x) == 1,
+    ... )
+    >>> print(optclip.project_params(jnp.array([0.3, -2.0]), signs))
+    [ 1. -1.]
     """
 
-    extent: Callable[[str, jax.Array, Mapping[str, Shape]], Any]
-    measure: Callable[[jax.Array, Any], Any]
+    extent: Callable[[str, jax.Array, Shapes], Any]
+    measure: Callable[[Sum, Any], Any]
     project: Callable[[jax.Array, Any, Any], jax.Array]
     contains: Callable[[jax.Array, Any, Any], jax.Array]
     init: Callable[[jax.Array], jax.Array] | None = None
 
-    def nearest(self, x: jax.Array, extent: Any, memory: Any = None) -> jax.Array:
+    def __post_init__(self) -> None:
+        # `extent` runs inside `project`, but its errors name who made the set.
+        object.__setattr__(self, "extent", naming(caller())(self.extent))
+
+    def nearest(
+        self, x: jax.Array, extent: object, memory: jax.Array | None = None
+    ) -> jax.Array:
         """The nearest point to an array that is in memory anyway."""
-        return self.project(x, self.measure(x, extent), memory)
+        return self.project(x, self.measure(Sum((x,)), extent), memory)
+
+    def holds(
+        self, x: jax.Array, extent: object, memory: jax.Array | None = None
+    ) -> jax.Array:
+        """Whether the points of such an array lie in the set."""
+        return self.contains(x, self.measure(Sum((x,)), extent), memory)
 
 
 class Extent(NamedTuple):
@@ -61,37 +114,30 @@ class Extent(NamedTuple):
     mesh: tuple[Hashable, ...] = ()
 
 
-def as_it_is(x: jax.Array, extent: Any) -> Any:
+def as_it_is(total: Sum, extent: T) -> T:
     """The measure of sets that need none."""
     return extent
 
 
-def extent_of(
-    grouping: Grouping, axis_name: Any = None, real: bool = False
-) -> Callable[[str, jax.Array, Mapping[str, Shape]], Extent]:
+def extent_of(grouping: Grouping, axis_name: AxisName = None) -> ExtentOf:
     """The extent of sets whose points are the groups of a grouping within leaves.
 
     Raises:
       ValueError: if groups extend over several leaves.
     """
-    if not grouping.keeps_state or (
-        grouping.label is not None and grouping != groupings.per_leaf()
-    ):
+    if grouping.label not in (None, groupings.by_number):
         raise error(
             "grouping must lie within leaves (per_leaf, per_unit, "
             "per_element), got one whose groups join leaves or examples."
         )
     given = meshes.axes_of(axis_name)
 
-    def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:
-        if real:
-            require_real(path, leaf)
-        mesh = blocks.mesh_axes_of(grouping, paths.Leaf(path, leaf), given)
-        shape = blocks.on_all_devices(jnp.shape(leaf), mesh)
-        axes = tuple(range(len(shape)))
-        if grouping.axes is not None:
-            axes = grouping.axes(path, shape, shapes)
-        return Extent(axes, mesh)
+    def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Extent:
+        mesh = groups.mesh_axes_of(grouping, paths.Leaf(path, leaf), given)
+        shape = groups.on_all_devices(leaf.shape, mesh)
+        if grouping.axes is None:
+            return Extent(tuple(range(len(shape))), mesh)
+        return Extent(grouping.axes(path, shape, shapes), mesh)
 
     return extent
 
@@ -106,24 +152,56 @@ def require_whole(path: str, leaf: jax.Array) -> None:
         )
 
 
-def gathered(
+def not_real(path: str) -> ValueError:
+    """What is wrong with a complex leaf: of its numbers none is larger than another."""
+    return error(f"parameters must be real, got complex ones at {path!r}.")
+
+
+def is_complex(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+
+
+def trailing(
     x: jax.Array, *sides: tuple[int, ...]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """x with the axes of each side as one trailing axis, and the way back."""
+    """x with the axes of each side as one trailing axis, and what undoes it."""
     inner = [axis for side in sides for axis in side]
     rest = [axis for axis in range(x.ndim) if axis not in inner]
     order = rest + inner
     moved = jnp.transpose(x, order)
     ends = [math.prod(x.shape[axis] for axis in side) for side in sides]
 
-    def back(y: jax.Array) -> jax.Array:
-        places = sorted(range(x.ndim), key=order.__getitem__)
-        return jnp.transpose(y.reshape(moved.shape), places)
+    def undo(y: jax.Array) -> jax.Array:
+        inverse = sorted(range(x.ndim), key=order.__getitem__)
+        return jnp.transpose(y.reshape(moved.shape), inverse)
 
-    return moved.reshape(*moved.shape[: len(rest)], *ends), back
+    return moved.reshape(*moved.shape[: len(rest)], *ends), undo
 
 
-def require_real(path: str, leaf: jax.Array) -> None:
-    """Raises if the leaf is complex, of which no number is larger than another."""
-    if jnp.iscomplexobj(leaf):
-        raise error(f"parameters must be real, got complex ones at {path!r}.")
+def bound_array(
+    check: Callable[..., None] = checks.real, **named: ArrayLike
+) -> np.ndarray | jax.Array:
+    """One number or array as floats that can be negated, compared and rounded.
+
+    Raises:
+      ValueError: if `check` refuses it, or it is an integer that no float can hold.
+    """
+    ((name, value),) = named.items()
+    if isinstance(value, int) and value.bit_length() > 63:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise error(
+                f"{name} must be a number that a float can hold, got an integer of "
+                f"{value.bit_length()} bits."
+            ) from None
+    if isinstance(value, jax.Array):
+        check(**{name: value})
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        own = value.dtype if floating else jax.dtypes.canonicalize_dtype(np.float64)
+        return value.astype(np.promote_types(own, np.float32))
+    if isinstance(value, (np.ndarray, np.generic)):
+        if jnp.issubdtype(value.dtype, jnp.floating):  # also types that NumPy lacks
+            value = np.asarray(value, np.float64)
+    check(**{name: value})
+    return np.asarray(value, np.float64)

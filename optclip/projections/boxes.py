@@ -6,8 +6,9 @@ Bounds that a dtype cannot represent are rounded inward: 0.01 is 0.009949 in bfl
 where the nearest number is 0.01001. No reductions, nothing to send on any mesh.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,19 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optclip._core import checks, meshes
-from optclip._core.groupings import Shape, per_element
-from optclip._core.measures import max_abs
 from optclip._core.public import error, public
-from optclip._core.rounding import bound_towards
-from optclip.insight.norms import global_norm
-from optclip.projections.base import Extent, Set, as_it_is, extent_of
+from optclip._core.rounding import bound_towards, static_bound
+from optclip._core.types import AxisName, Shapes
+from optclip.projections.base import Set, as_it_is, bound_array, not_real
+
+Bound: TypeAlias = np.ndarray | jax.Array
+
+
+class Interval(NamedTuple):
+    """The bounds of one leaf, in its dtype, of its rank or scalars."""
+
+    lower: jax.Array
+    upper: jax.Array
 
 
 @public
@@ -30,11 +38,14 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Set:
         {x : lower ≤ x_i ≤ upper}
 
     Args:
-      lower, upper: numbers, or arrays that broadcast against every leaf, in the units
-        of the parameters; ±inf means no bound.
+      lower, upper: numbers of any type, or arrays that broadcast against every leaf, in
+        the units of the parameters; ±inf means no bound.
+
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
 
     Edge cases: ±inf goes to the bound, NaN stays NaN. Bounds are rounded inward to each
-    leaf's dtype.
+    leaf's dtype; one that is beyond all of its numbers bounds nothing.
 
     Raises:
       ValueError: if a bound is NaN or not a number, or lower is above upper; at init,
@@ -46,22 +57,28 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Set:
     >>> print(optclip.project_params(weights, box(-1.0, 0.5))["w"])
     [-1.   0.2  0.5]
     """
-    return _interval(lower, upper)
+    return _interval(bound_array(lower=lower), bound_array(upper=upper))
 
 
 @public
 def nonnegative() -> Set:
-    """Elements that are not negative.
+    """Elements that are not negative: Keras' NonNeg.
 
         {x : x_i ≥ 0}
 
-    Keras' NonNeg. Negative zero counts as zero. Edge cases and errors as for `box`.
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: negative zero counts as zero, infinity stays, NaN stays NaN.
+
+    Raises:
+      ValueError: at init, if a leaf is complex.
 
     >>> import jax.numpy as jnp, optclip
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), nonnegative()))
     [0.  0.2]
     """
-    return _interval(0.0, np.inf)
+    return _interval(np.zeros(()), np.full((), np.inf))
 
 
 @public
@@ -71,44 +88,55 @@ def linf_ball(radius: ArrayLike) -> Set:
         {x : |x_i| ≤ radius}
 
     Args:
-      radius: a non-negative number in the units of the parameters.
+      radius: a non-negative number of any type, or an array that broadcasts against
+        every leaf, in the units of the parameters.
 
-    Edge cases and errors as for `box`; radius 0 gives zeros.
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: radius 0 gives zeros; ±inf goes to the bound, NaN stays NaN. The radius
+    is rounded towards zero to each leaf's dtype.
 
     Raises:
-      ValueError: if radius is negative, NaN or not a number.
+      ValueError: if radius is negative, NaN or not a number; at init, if a leaf is
+        complex or the radius does not broadcast against it.
 
     >>> import jax.numpy as jnp, optclip
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), linf_ball(0.5)))
     [-0.5  0.2]
     """
-    checks.non_negative(radius=radius)
-    reach = bound_array(radius=radius)
+    reach = bound_array(checks.non_negative, radius=radius)
     return _interval(-reach, reach)
 
 
 @public
-def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
+def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
     """Elements not much larger than the largest that their parameter started with.
 
         {x : |x_i| ≤ kappa · max_j |x_j at init|}   for each leaf
 
     Weight clipping. The paper's bound is that of a uniform initializer, 1/√fan_in; the
-    largest first value is that bound there, and with kappa >= 1 no initializer's values
-    are clipped at the start. It is kept in the state, one float32 a leaf.
+    largest element at init is that bound there, and with kappa >= 1 no initializer's
+    values are clipped at the start. It is kept in the state, one float32 a leaf.
 
     Args:
-      kappa: a non-negative number; the paper uses 1 to 5.
+      kappa: a non-negative number of any type; the paper uses 1 to 5.
       axis_name: under `pmap`, the mesh axes that leaves are spread over, if any.
 
-    Edge cases: a leaf that starts at zero (a bias) has no scale and is left free.
-    Elsewhere as for `box`. In `project_params` a parameter's own values are the start.
+    Returns:
+      A set for `project`, `project_params` and `intersection`. In `project_params` a
+      parameter's own values are the start.
+
+    Edge cases: a leaf that starts at zero (a bias) has no scale and is left free. One
+    that is abstract at init (`jax.ShapeDtypeStruct`) has the scale NaN, and so do its
+    elements at every step, until a saved state takes the place of that one. Otherwise
+    ±inf goes to the bound, and NaN stays NaN.
 
     Raises:
       ValueError: if kappa is negative, NaN or not a number; at init, if a leaf is
         complex.
 
-    Reference: Elsayed, Lan, Lyle, Mahmood 2024, arXiv 2407.01704.
+    Reference: Elsayed, Lan, Lyle, Mahmood 2024, https://arxiv.org/abs/2407.01704.
 
     >>> import jax.numpy as jnp, optax, optclip
     >>> params = jnp.array([0.5, -1.0])
@@ -117,95 +145,77 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: Any = None) -> Set:
     >>> print(optax.apply_updates(params, updates))
     [ 0.6 -2. ]
     """
-    checks.non_negative(kappa=kappa)
+    factor = bound_array(checks.non_negative, kappa=kappa)
     checks.scalar(kappa=kappa)
 
-    def init(param: jax.Array) -> jax.Array:
-        axes = axis_name if meshes.bound(axis_name) else ()
-        scale = global_norm(param, max_abs, axes).astype(jnp.float32)
-        return jnp.where(scale > 0, scale, jnp.inf).reshape(1)
+    def extent(path: str, leaf: jax.Array, shapes: Shapes) -> None:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise not_real(path)
 
-    def bounds(x: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def init(param: jax.Array) -> jax.Array:
+        x = param.astype(np.promote_types(param.dtype, np.float32))
+        largest = jnp.max(jnp.abs(x))
+        largest = meshes.remembering(largest, jnp.sum(jnp.square(x)))
+        axes = meshes.axes_of(meshes.bound(axis_name))("")
+        axes = meshes.varying_axes(param) if axes is None else axes
+        if axes:
+            largest = meshes.largest_across(largest, axes)
+        scale = largest.astype(jnp.float32)
+        return jnp.where(scale == 0, jnp.inf, scale).reshape(1)
+
+    def interval(x: jax.Array, memory: jax.Array) -> Interval:
         # Infinity, not chosen, would still make 0·inf of a kappa or a cotangent of 0.
         free = jnp.isinf(memory[0])
         scale = jnp.where(free, 1, memory[0])
-        reach = jnp.maximum(jnp.asarray(kappa, jnp.float32) * scale, 0)
+        reach = jnp.maximum(bound_towards(factor, jnp.float32, 0.0) * scale, 0)
         reach = jnp.where(free, jnp.inf, reach)
         upper = bound_towards(reach, x.dtype, 0.0)
-        return -upper, upper
+        return Interval(-upper, upper)
 
-    def project(x: jax.Array, seen: Extent, memory: jax.Array) -> jax.Array:
-        return _clamp(x, *bounds(x, memory))
+    def project(x: jax.Array, measured: None, memory: jax.Array) -> jax.Array:
+        return jnp.clip(x, *interval(x, memory))
 
-    def contains(x: jax.Array, seen: Extent, memory: jax.Array) -> jax.Array:
-        lower, upper = bounds(x, memory)
+    def contains(x: jax.Array, measured: None, memory: jax.Array) -> jax.Array:
+        lower, upper = interval(x, memory)
         return (x >= lower) & (x <= upper)
 
-    extent = extent_of(per_element(), real=True)
     return Set(extent, as_it_is, project, contains, init)
 
 
-def bound_array(**named: Any) -> Any:
-    """A number or array that can be calculated with; raises for anything else."""
-    ((name, value),) = named.items()
-    checks.real(**{name: value})
-    return value if isinstance(value, jax.Array) else np.asarray(value, np.float64)
-
-
-def _interval(lower: ArrayLike, upper: ArrayLike) -> Set:
-    low, high = bound_array(lower=lower), bound_array(upper=upper)
+def _interval(low: Bound, high: Bound) -> Set:
     static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
     if static and np.any(low > high):
-        raise error(f"lower must not be above upper, got {lower} and {upper}.")
-    fits = extent_of(per_element(), real=True)
+        raise error(f"lower must not be above upper, got {low} and {high}.")
+    inward = static_bound if static else bound_towards
 
-    def bounds(dtype: Any) -> tuple[jax.Array, jax.Array]:
-        return (
-            bound_towards(low, dtype, np.inf),
-            bound_towards(high, dtype, -np.inf),
-        )
-
-    def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Extent:
-        found = fits(path, leaf, shapes)
-        shape = jnp.shape(leaf)
-        for name, bound in (("lower", low), ("upper", high)):
-            if not _broadcasts(bound.shape, shape):
+    def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Interval:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise not_real(path)
+        ends = []
+        for name, bound, toward in (("lower", low, np.inf), ("upper", high, -np.inf)):
+            own = (1,) * (leaf.ndim - bound.ndim) + bound.shape
+            pairs = zip(own, leaf.shape, strict=False)
+            if len(own) != leaf.ndim or not all(n in (1, size) for n, size in pairs):
                 raise error(
                     f"{name} must broadcast against every leaf, got shape "
-                    f"{bound.shape} for {path!r} of shape {shape}."
+                    f"{bound.shape} for {path!r} of shape {leaf.shape}."
                 )
-        if static:
-            with jax.ensure_compile_time_eval():
-                empty = bool(np.any(np.greater(*bounds(leaf.dtype))))
-            if empty:
-                raise error(
-                    f"lower and upper must have a {leaf.dtype} between them, "
-                    f"got {lower} and {upper} for {path!r}."
-                )
-        return found
+            aligned = bound.reshape(own) if bound.ndim else bound
+            ends.append(inward(aligned, leaf.dtype, toward))
+        lower, upper = ends
+        if static and np.any(lower > upper):
+            raise error(
+                f"lower and upper must have a {leaf.dtype} between them, "
+                f"got {low} and {high} for {path!r}."
+            )
+        return Interval(jnp.asarray(lower, leaf.dtype), jnp.asarray(upper, leaf.dtype))
 
-    def project(x: jax.Array, seen: Extent, memory: Any) -> jax.Array:
-        return _clamp(x, *bounds(x.dtype))
+    def project(x: jax.Array, interval: Interval, memory: None) -> jax.Array:
+        # A set that joins this one to another may ask for a wider dtype.
+        return jnp.clip(x, *(bound.astype(x.dtype) for bound in interval))
 
-    def contains(x: jax.Array, seen: Extent, memory: Any) -> jax.Array:
-        lower, upper = _aligned(x, *bounds(x.dtype))
+    def contains(x: jax.Array, interval: Interval, memory: None) -> jax.Array:
+        lower, upper = (bound.astype(x.dtype) for bound in interval)
         return (x >= lower) & (x <= upper)
 
-    return Set(extent, as_it_is, project, contains)
-
-
-def _broadcasts(shape: Shape, to: Shape) -> bool:
-    ends = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(own in (1, other) for own, other in ends)
-
-
-def _clamp(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    return jnp.clip(x, *_aligned(x, lower, upper))
-
-
-def _aligned(x: jax.Array, *bounds: jax.Array) -> list[jax.Array]:
-    """The bounds with leading axes of size 1, so that ranks are equal."""
-    return [
-        b if b.ndim == 0 else jax.lax.expand_dims(b, range(x.ndim - b.ndim))
-        for b in bounds
-    ]
+    return Set(extent, lambda total, interval: interval, project, contains)

@@ -6,16 +6,23 @@ Projecting in turns ends in the intersection, but not at its nearest point; p an
 remember what each projection took away, and with them it does, for convex sets.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from optclip._core import checks, numerics
-from optclip._core.groupings import Shape
 from optclip._core.public import public
+from optclip._core.types import Shapes
 from optclip.projections.base import Set, as_it_is
+
+Memory: TypeAlias = jax.Array | None
+Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+Both: TypeAlias = tuple[Any, Any]  # what each of the sets needs
 
 
 @public
@@ -29,6 +36,9 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
       iterations: of Dykstra's algorithm, each a projection to both sets; a positive
         integer. Static.
 
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
     Edge cases: the result lies in b as b itself promises. Its distance from a shrinks
     with the iterations, for most pairs by a constant factor: with 32, a `box` and an
     `l2_ball` are both met to 1e-5 of their size. What lies in both keeps its bits. Sets
@@ -36,9 +46,9 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
 
     Raises:
       ValueError: if a or b is not a set, or iterations not a positive integer; at init,
-        as both sets.
+        if one of them does not fit a leaf.
 
-    Reference: Boyle, Dykstra 1986, Lecture Notes in Statistics 37.
+    Reference: Boyle, Dykstra 1986, https://doi.org/10.1007/978-1-4613-9940-7_3.
 
     >>> import jax.numpy as jnp, optclip
     >>> half = optclip.sets.nonnegative()
@@ -50,44 +60,56 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
     checks.instance(Set, b=b)
     checks.at_least(1, iterations=iterations)
 
-    def extent(path: str, leaf: jax.Array, shapes: Mapping[str, Shape]) -> Any:
+    def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Both:
         return a.extent(path, leaf, shapes), b.extent(path, leaf, shapes)
 
-    def project(x: jax.Array, extents: Any, memory: Any) -> jax.Array:
+    def project(x: jax.Array, extents: Both, memory: Memory) -> jax.Array:
+        leaves, treedef = jax.tree.flatten(extents)
+        arrays = [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]
+        others = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        return jitted(x, arrays, memory, tuple(others), treedef)
+
+    # Jitted, because eager code would compile the loop at every call.
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def jitted(
+        x: jax.Array,
+        arrays: list[jax.Array | None],
+        memory: Memory,
+        others: tuple[Hashable, ...],
+        treedef: Hashable,
+    ) -> jax.Array:
+        pairs = zip(arrays, others, strict=True)
+        leaves = [other if array is None else array for array, other in pairs]
+        in_a, in_b = jax.tree.unflatten(treedef, leaves)
         own_a, own_b = split(x, memory)
 
-        def alternate(_: Any, carry: Any) -> Any:
+        def alternate(_: jax.Array, carry: Carry) -> Carry:
             w, p, q = carry
-            y = a.nearest(w + p, extents[0], own_a)
+            y = a.nearest(w + p, in_a, own_a)
             p = w + p - y
-            w = b.nearest(y + q, extents[1], own_b)
+            w = b.nearest(y + q, in_b, own_b)
             return w, p, y + q - w
 
         wide = numerics.widen(x, numerics.wide_dtype(x.dtype))
         zero = jnp.zeros_like(wide)
         found, _, _ = jax.lax.fori_loop(0, iterations, alternate, (wide, zero, zero))
         # Once more in the leaf's own dtype, in which the bounds may be tighter.
-        near = a.nearest(found.astype(x.dtype), extents[0], own_a)
-        return b.nearest(near, extents[1], own_b)
+        return b.nearest(a.nearest(found.astype(x.dtype), in_a, own_a), in_b, own_b)
 
-    def contains(x: jax.Array, extents: Any, memory: Any) -> jax.Array:
+    def contains(x: jax.Array, extents: Both, memory: Memory) -> jax.Array:
         own_a, own_b = split(x, memory)
-        in_a = a.contains(x, a.measure(x, extents[0]), own_a)
-        in_b = b.contains(x, b.measure(x, extents[1]), own_b)
+        in_a, in_b = a.holds(x, extents[0], own_a), b.holds(x, extents[1], own_b)
         return jnp.broadcast_to(in_a, x.shape) & jnp.broadcast_to(in_b, x.shape)
 
     def init(param: jax.Array) -> jax.Array:
         return jnp.concatenate([s.init(param) for s in (a, b) if s.init is not None])
 
-    def split(x: jax.Array, memory: Any) -> tuple[Any, Any]:
+    def split(x: jax.Array, memory: Memory) -> tuple[Memory, Memory]:
         """The memory of each set, None for one without."""
-        own_a, own_b = None, None
-        if a.init is not None:
-            width = jax.eval_shape(a.init, x).size
-            own_a, memory = memory[:width], memory[width:]
-        if b.init is not None:
-            own_b = memory
-        return own_a, own_b
+        if memory is None or a.init is None:
+            return None, memory
+        width = jax.eval_shape(a.init, x).size
+        return memory[:width], None if b.init is None else memory[width:]
 
     remembers = a.init is not None or b.init is not None
     return Set(extent, as_it_is, project, contains, init if remembers else None)

@@ -11,9 +11,11 @@ enough: the update is off by at most half of its own spacing, and rounding never
 a number that the parameters' dtype can represent.
 
 Compiled code may compute p + a·b with one rounding (a fused multiply-add), or keep more
-digits of a bfloat16 than it has. `settled` and `numerics.fitted` forbid both, so that
+digits of a bfloat16 than it has. `applied` and `rounding.rounded` forbid both, so that
 eager and jitted code land on the same numbers.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +24,29 @@ import numpy as np
 from optclip._core.rounding import neighbour, rounded
 
 
-def wide_sum(p: jax.Array, u: jax.Array) -> jax.Array:
-    """The sum before it is rounded to the parameter's dtype.
+def applied(p: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The update as it is in memory, whatever it is fused with, and what becomes of p.
 
-    In the wider of both dtypes, or in float32, whose double rounding does no harm.
-    """
-    wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
-    return p.astype(wide) + u.astype(wide)
-
-
-def applied(p: jax.Array, u: jax.Array) -> jax.Array:
-    """What `optax.apply_updates` makes of one parameter, in its dtype.
-
-    A finite sum beyond the range of float16 is its largest number here, not infinity:
-    what follows projects it.
+    That is what `optax.apply_updates` makes of one parameter, in its dtype. A finite
+    sum beyond the range of float16 is its largest number here, not infinity: what
+    follows projects it. The sum of two of half precision is rounded twice, from float32
+    on, which does no harm.
     """
     if jnp.iscomplexobj(p):
-        return jax.lax.complex(applied(p.real, u.real), applied(p.imag, u.imag))
-    return rounded(wide_sum(p, u), p.dtype).astype(p.dtype)
-
-
-def settled(u: jax.Array) -> jax.Array:
-    """The update as it is in memory, whatever it is fused with."""
-    if jnp.iscomplexobj(u):
-        return jax.lax.complex(settled(u.real), settled(u.imag))
+        parts = applied(p.real, u.real), applied(p.imag, u.imag)
+        settled, moved = (jax.lax.complex(*pair) for pair in zip(*parts, strict=True))
+        return settled, moved
     if jnp.finfo(u.dtype).bits < 32:
-        return rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
-    # A product that ends in a clamp cannot melt into the sum that follows.
-    largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
-    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
+        u = rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
+    else:
+        # A product that ends in a clamp cannot melt into the sum that follows.
+        largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
+        u = jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
+    wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
+    return u, rounded(p.astype(wide) + u.astype(wide), p.dtype).astype(p.dtype)
 
 
-def landing(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
+def steered(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
     """The update, in u's dtype, that takes p to the target instead of y.
 
     Elements that are at the target anyway keep their update; the others come to the
@@ -61,26 +54,23 @@ def landing(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.
     """
     if jnp.iscomplexobj(p):
         return jax.lax.complex(
-            landing(p.real, u.real, y.real, target.real),
-            landing(p.imag, u.imag, y.imag, target.imag),
+            steered(p.real, u.real, y.real, target.real),
+            steered(p.imag, u.imag, y.imag, target.imag),
         )
     wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
     start, y, goal = p.astype(wide), y.astype(wide), target.astype(wide)
-
-    def reached(step: jax.Array) -> jax.Array:
-        return rounded(start + step, p.dtype)
 
     # A difference too large for one update takes two.
     info = jnp.finfo(u.dtype)
     difference = jnp.clip(goal - start, float(info.min), float(info.max))
     step, upward = rounded(difference, u.dtype), goal > y
-    at = reached(step)
+    at = rounded(start + step, p.dtype)
     short = jnp.where(upward, at < goal, at > goal)
     step = jnp.where(short, neighbour(step, u.dtype, upward), step)
     # Where the target is finer than p's own spacing, a step may lead far beyond it. If
     # zero is nearer and on the way, it can be reached from everywhere; and it is within
     # any convex set that p and target are in, or that shrinks its points towards zero.
-    at, side = reached(step), jnp.sign(goal)
+    at, side = rounded(start + step, p.dtype), jnp.sign(goal)
     passes_zero = (side * jnp.sign(start) < 0) | (side * jnp.sign(at) < 0)
     far = jnp.abs(at - goal) > jnp.abs(goal)
     to_zero = rounded(-start, u.dtype)

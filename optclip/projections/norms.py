@@ -1,103 +1,211 @@
-"""Norms of units, as sets of them need them: measured, bounded from inside, given.
+"""Sets that look at the Euclidean norms of units: balls and spheres.
 
-    x ← x · target / ‖x‖₂
+    ball    x ← x · min(‖x‖₂, radius) / ‖x‖₂
+    sphere  x ← x · radius / ‖x‖₂
 
-The norm is summed in float32 or wider, in units of the radius. A bound is entered by a
-margin of 2 units in the last place of that dtype, which covers the rounding of the sum
-and of the scaling, and by half of one of a half-precision leaf; results are rounded
-towards zero. So the exact norm of what comes out is never above the radius. (The sum of
-more than about 10⁵ elements may be off by more, as every sum in float32.)
+Zero has no direction: a unit that is zero stays zero. `norm_arithmetic` measures and
+scales; here is which norm each set wants.
 """
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from optclip._core import checks, numerics
-from optclip._core.groupings import Grouping, in_range, per_unit
-from optclip._core.measures import l2
-from optclip._core.rounding import bound_towards, rounded, rounded_towards
-from optclip.projections.base import Extent
-from optclip.projections.boxes import bound_array
-
-MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
-
-
-def units(axis: int | tuple[int, ...] | None) -> Grouping:
-    """Units by layout, or over the given axes of every leaf."""
-    checks.axes(axis=axis)
-    if axis is None:
-        return per_unit()
-    return Grouping(
-        lambda path, shape, shapes: in_range("axis", path, shape, axis),
-        None,
-        sums=None,
-    )
+from optclip._core.groupings import Grouping, per_leaf
+from optclip._core.public import public
+from optclip._core.rounding import bound_towards
+from optclip._core.types import Axes, AxisName
+from optclip.projections.base import Set, extent_of
+from optclip.projections.norm_arithmetic import (
+    Norm,
+    checked_radius,
+    margin,
+    norm_near,
+    scaled,
+    units,
+)
 
 
-def checked_radius(**named: Any) -> Any:
-    checks.non_negative(**named)
-    checks.scalar(**named)
-    return bound_array(**named)
+@public
+def l2_ball(
+    radius: ArrayLike = 1.0,
+    *,
+    grouping: Grouping = per_leaf(),
+    axis_name: AxisName = None,
+) -> Set:
+    """Leaves, or units, whose Euclidean norm is bounded.
 
+        {x : ‖x‖₂ ≤ radius}
 
-def margin(dtype: Any, wide: Any) -> float:
-    """By how much, relatively, a norm must be within its bound to be so for certain.
+    Args:
+      radius: a non-negative number of any type, in the units of the parameters.
+      grouping: what has a norm: `groupings.per_leaf()` (default), `per_unit()` or
+        `per_element()`.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over:
+        None reads them off each leaf's type; a name, a tuple of names, or a tree of
+        these says so itself, as in `clip_by`.
 
-    It was measured before x was rounded to half precision.
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: what lies inside keeps its bits; radius 0 gives zeros. NaN or infinity
+    makes its whole group NaN. Inside in float16 and bfloat16 too: results are rounded
+    towards zero.
+
+    Raises:
+      ValueError: if radius is negative, NaN or not a number, or grouping joins leaves;
+        inside `shard_map`, if units are sharded and axis_name does not say how.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> print(optclip.project_params(jnp.array([3.0, 4.0]), l2_ball(1.0)))
+    [0.5999999  0.79999983]
     """
-    rounding = float(jnp.finfo(dtype).eps) / 2 if dtype != wide else 0.0
-    return MARGIN * float(jnp.finfo(wide).eps) + rounding
+    return _ball(grouping, axis_name, radius=radius)
 
 
-def norm_in(radius: Any, room: int = 0) -> Callable[[jax.Array, Extent], jax.Array]:
-    """The norm of each group, whose squares are taken in units of 2^room radii.
+@public
+def max_norm(
+    max_value: ArrayLike = 2.0,
+    axis: Axes | None = None,
+    *,
+    axis_name: AxisName = None,
+) -> Set:
+    """Units whose Euclidean norm is bounded: Keras' MaxNorm.
 
-    So they are in range without a look at the largest first, for every norm from 2^-60
-    to 2^60 units, which is more than is of any use beside the radius. A smaller norm
-    counts as 0, a larger one as infinite.
+        {w : ‖w‖₂ ≤ max_value}   for each unit w
+
+    Keras' word for a set, not the `max_norm` argument of Optax's clips. Keras also
+    shrinks a unit at its bound by 1e-7; here it stays.
+
+    Args:
+      max_value: a non-negative number of any type, in the units of the parameters.
+      axis: the axes over which a norm is taken, for every leaf. None takes the inputs
+        of each output by the parameter's layout: Keras' `axis=0` for Dense, `[0, 1, 2]`
+        for 2-D convolutions, heads and stacked layers apart; a bias or scale is one
+        unit. `l2_ball(grouping=groupings.per_unit(stacked=...))` says what is stacked.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that units extend over;
+        () says that each device holds them whole.
+
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: what lies inside keeps its bits; max_value 0 gives zeros. NaN or
+    infinity makes its whole unit NaN.
+
+    Raises:
+      ValueError: if max_value is negative, NaN or not a number; at init, if a leaf
+        lacks an axis.
+
+    Reference: Keras' `MaxNorm`, https://keras.io/api/layers/constraints.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> params = {"kernel": jnp.array([[3.0, 0.3], [4.0, 0.4]])}
+    >>> print(optclip.project_params(params, max_norm(5.0))["kernel"][:, 1])
+    [0.3 0.4]
     """
-
-    def measure(x: jax.Array, extent: Extent) -> jax.Array:
-        wide = numerics.wide_dtype(x.dtype)
-        unit = _power_of_two(bound_towards(radius, wide, 0.0), room)
-        squares = l2.lift(numerics.times(numerics.widen(x, wide), 1 / unit))
-        total = jnp.sum(squares, extent.axes, keepdims=True)
-        if extent.mesh:
-            total = jax.lax.psum(total, extent.mesh)
-        return unit * numerics.safe_sqrt(total)
-
-    return measure
+    return _ball(units(axis), axis_name, max_value=max_value)
 
 
-def _power_of_two(x: jax.Array, room: int) -> jax.Array:
-    """One near x, times 2^room: to divide by it rounds nothing."""
-    x = jax.lax.stop_gradient(x)
-    usable = (x > 0) & jnp.isfinite(x)
-    _, exponent = jnp.frexp(jnp.where(usable, x, 0.5))
-    end = int(jnp.finfo(x.dtype).maxexp) - 3  # its reciprocal is a normal number too
-    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent + room, -end, end))
+@public
+def norm_sphere(
+    radius: ArrayLike = 1.0,
+    *,
+    grouping: Grouping = per_leaf(),
+    axis_name: AxisName = None,
+) -> Set:
+    """Leaves, or units, of one Euclidean norm.
+
+        {x : ‖x‖₂ = radius}
+
+    Args:
+      radius: a non-negative number of any type, in the units of the parameters.
+      grouping: what has a norm: `groupings.per_leaf()` (default), `per_unit()` or
+        `per_element()`.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over;
+        None reads them off each leaf's type.
+
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: a group that is zero has no nearest point and stays zero. A norm within
+    one unit in the last place of the leaf's dtype counts as the radius. NaN or infinity
+    makes its whole group NaN.
+
+    Raises:
+      ValueError: if radius is negative, NaN or not a number, or grouping joins leaves;
+        inside `shard_map`, if units are sharded and axis_name does not say how.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> print(optclip.project_params(jnp.array([3.0, 4.0]), norm_sphere(10.0)))
+    [6. 8.]
+    """
+    return _sphere(grouping, axis_name, radius=radius)
 
 
-def scaled(
-    x: jax.Array, size: jax.Array, target: jax.Array, nearest: bool = False
-) -> jax.Array:
-    """Gives each group its target size; rounds outward where it grows, else inward."""
-    wanted = jnp.where(jnp.isfinite(size), target, jnp.nan)
-    a, b = numerics.split(numerics.factor(size, wanted))
-    moved = numerics.times(numerics.widen(x, size.dtype), a * b * a)
-    moved = jnp.where(b == 0, jnp.zeros_like(moved), moved)
-    moved = _fitted(moved, x.dtype, target > size, nearest)
-    return jnp.where(target == size, x, moved)
+@public
+def unit_norm(axis: Axes | None = None, *, axis_name: AxisName = None) -> Set:
+    """Units of norm 1: Keras' UnitNorm.
+
+        {w : ‖w‖₂ = 1}   for each unit w
+
+    Args:
+      axis: the axes over which a norm is taken, for every leaf; None takes the inputs
+        of each output by the parameter's layout, as `max_norm` does.
+      axis_name: inside `shard_map` and `pmap`, the mesh axes that units extend over;
+        () says that each device holds them whole.
+
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: a unit that is zero stays zero. NaN or infinity makes its whole unit
+    NaN.
+
+    Raises:
+      ValueError: if axis is no integer or tuple of them; at init, if a leaf lacks an
+        axis.
+
+    Reference: Keras' `UnitNorm`, https://keras.io/api/layers/constraints.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.0]])}
+    >>> print(optclip.project_params(params, unit_norm())["kernel"])
+    [[0.6 0. ]
+     [0.8 0. ]]
+    """
+    return _sphere(units(axis), axis_name, radius=1.0)
 
 
-def _fitted(w: jax.Array, dtype: Any, grows: jax.Array, nearest: bool) -> jax.Array:
-    if jnp.iscomplexobj(w):
-        part = jnp.finfo(dtype).dtype
-        real = _fitted(w.real, part, grows, nearest)
-        return jax.lax.complex(real, _fitted(w.imag, part, grows, nearest))
-    if nearest:
-        return rounded(w, dtype).astype(dtype)
-    return rounded_towards(w, dtype, (w > 0) == grows).astype(dtype)
+def _ball(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
+    radius = checked_radius(**named)
+
+    def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
+        wide = norm.value.dtype
+        goal = bound_towards(radius, wide, 0.0) * (1 - margin(x.dtype, wide))
+        return scaled(x, norm, goal, norm.size <= goal)
+
+    def contains(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
+        return norm.size <= bound_towards(radius, norm.value.dtype, 0.0)
+
+    extent = extent_of(grouping, axis_name)
+    return Set(extent, norm_near(radius, inside=True), project, contains)
+
+
+def _sphere(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
+    radius = checked_radius(**named)
+
+    def off(x: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The goal, and how far the norm is from it, in units in the last place."""
+        goal = bound_towards(radius, size.dtype, 0.0)
+        return goal, jnp.abs(size - goal) / (float(jnp.finfo(x.dtype).eps) * goal)
+
+    def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
+        goal, spacings = off(x, norm.size)
+        return scaled(x, norm, goal, spacings <= 1, nearest=True)
+
+    def contains(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
+        return (off(x, norm.size)[1] <= 4) | (norm.size == 0)
+
+    extent = extent_of(grouping, axis_name)
+    return Set(extent, norm_near(radius), project, contains)

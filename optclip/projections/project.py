@@ -1,11 +1,17 @@
-"""The doors: `project` ends a chain, `project_params` changes parameters at once.
+"""`project` ends a chain: after `optax.apply_updates` parameters lie in their set.
 
-    y = what apply_updates would give,  q = nearest point to y,  u ← the way from p to q
+    y = what apply_updates would give,  q = nearest point to y,  u ← q - p
 
-`places` says which leaves, `landing` goes the way in the parameters' own dtype.
+A set says what q is, `landing` what u is in the dtypes of parameter and update. Here is
+which leaves are projected, on which set, and when. Paths are the same in the updates,
+the parameters and the constraint, so that trees which name their leaves differently at
+`init` and `update` are the same here.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +20,13 @@ from jax.typing import ArrayLike
 
 from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
-from optclip.projections.base import Set
-from optclip.projections.boxes import linf_ball
-from optclip.projections.landing import applied, landing, settled, wide_sum
-from optclip.projections.places import (
-    Chosen,
-    chosen_by,
-    is_weight,
-    places,
-    remembers,
-    sets_by_path,
-)
+from optclip._core.types import Shapes, Tree, Where
+from optclip.projections.base import Set, Sum
+from optclip.projections.landing import applied, steered
+
+Constraint: TypeAlias = Set | Tree
+Memory: TypeAlias = jax.Array | tuple[()]
+Chosen: TypeAlias = Callable[[str, jax.Array, Shapes], bool]
 
 
 class ProjectState(NamedTuple):
@@ -35,13 +37,13 @@ class ProjectState(NamedTuple):
       memory: what sets remember of the start, one vector; () for sets without memory.
     """
 
-    steps: Any
-    memory: Any
+    steps: ArrayLike | tuple[()]
+    memory: Memory
 
 
 @public
 def project(
-    constraint: Set | Any, where: paths.Where | None = None, every: int = 1
+    constraint: Constraint, where: Where | None = None, every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps parameters in a set: the last transform of a chain.
 
@@ -53,11 +55,14 @@ def project(
 
     It must be the last: what follows changes the updates again, and a transform cannot
     see what follows it. `optax.chain(optax.adam(1e-3), project(sets.box(-1, 1)))` is
-    right; so is `optax.MultiSteps` around that chain.
+    right; so are several `project` in a row for different leaves, and
+    `optax.MultiSteps` around that chain. Before the optimizer it bounds a gradient
+    step that is never taken, and parameters leave the set at the next step:
+    `project_params(params, constraint, strict=True)` says so.
 
     Args:
-      constraint: one of `optclip.sets`, or a tree of them that may be a prefix of the
-        parameters.
+      constraint: one of `optclip.sets`, or a tree of them (dicts, lists, tuples, …)
+        that may be a prefix of the parameters.
       where: which leaves: a regular expression searched in the "/"-joined path, a
         predicate `(path, leaf) -> bool`, or a tree of booleans that may be a prefix of
         the parameters; None for all. Static (static_args).
@@ -70,7 +75,9 @@ def project(
       any other. Inside the set updates keep their bits.
 
     Edge cases: NaN stays NaN, for its whole group if the set has groups; infinity goes
-    to a bound, and makes a group NaN.
+    to a bound, and makes a group NaN. `init` takes abstract leaves
+    (`jax.ShapeDtypeStruct`): what a set remembers of one is NaN until a saved state is
+    restored in its place.
 
     Raises:
       ValueError: if constraint is no set, or every is not a positive integer; at init,
@@ -84,107 +91,32 @@ def project(
     >>> print(optax.apply_updates(params, updates))
     [0. 1.]
     """
-    return _closing(constraint, chosen_by(where), every)
+    return projecting(constraint, chosen_by(where), every)
 
 
-@public
-def clip_weights(
-    c: ArrayLike = 0.01, where: paths.Where | None = None, every: int = 1
+def projecting(
+    constraint: Constraint, chosen: Chosen, every: int
 ) -> optax.GradientTransformationExtraArgs:
-    """WGAN weight clipping: keeps weights in [-c, c], after the step.
-
-        w ← clip(w + u, -c, c)
-
-    The last transform of the critic's chain: `optax.chain(optax.rmsprop(5e-5),
-    clip_weights(0.01))`. So the critic that the generator meets is clipped, as in the
-    paper; code that clips before the step leaves it unclipped.
-
-    Args:
-      c: the largest magnitude of a weight, a non-negative number.
-      where: as in `project`. None takes weights: leaves named kernel, embedding or w,
-        a `weight` or any other leaf of at least two axes beside those of stacked
-        layers, and never a scale or bias. Clipping a batch norm's scale to 0.01 all
-        but turns it off. `where=optclip.everything` clips all, as the authors' code
-        did.
-      every: as in `project`.
-
-    Edge cases, errors and state: as for `project` with `sets.linf_ball(c)`.
-
-    Reference: Arjovsky, Chintala, Bottou 2017, arXiv 1701.07875.
-
-    >>> import jax.numpy as jnp, optax
-    >>> params = {"kernel": jnp.array([[0.005, 0.002]]), "scale": jnp.ones(2)}
-    >>> tx = clip_weights(0.01)
-    >>> updates = {"kernel": jnp.array([[0.5, -0.001]]), "scale": jnp.ones(2)}
-    >>> updates, _ = tx.update(updates, tx.init(params), params)
-    >>> after = optax.apply_updates(params, updates)
-    >>> print(after["kernel"], after["scale"])
-    [[0.01  0.001]] [2. 2.]
-    """
-    checks.non_negative(c=c)
-    constraint = linf_ball(c)
-    chosen = is_weight if where is None else chosen_by(where)
-    return _closing(constraint, chosen, every)
-
-
-@public
-def project_params(
-    params: Any, constraint: Set | Any, where: paths.Where | None = None
-) -> Any:
-    """The nearest parameters in a set: for the start, or after `apply_updates`.
-
-    Args:
-      params: a tree (dicts, FrozenDict, `nnx.State`, an Equinox module, …), of which a
-        new one is returned; or an `nnx.Module`, whose parameters are changed in place.
-      constraint, where: as in `project`.
-
-    Returns:
-      The tree with its dtypes and structure, or the same module.
-
-    Raises:
-      ValueError: if constraint is no set, does not fit a leaf, or `where` selects
-        nothing in a tree that has leaves.
-
-    >>> import jax.numpy as jnp, optclip
-    >>> print(project_params({"w": jnp.array([-1.0, 3.0])}, optclip.sets.box(0.0, 2.0)))
-    {'w': Array([0., 2.], dtype=float32)}
-    """
-    set_of = sets_by_path(constraint)
-    if _is_nnx_module(params):
-        from flax import nnx
-
-        held = nnx.state(params, nnx.Param)
-        nnx.update(params, project_params(held, constraint, where))
-        return params
-    flat, treedef = jax.tree_util.tree_flatten(params)
-    for place in places(params, set_of, chosen_by(where)):
-        memory = None if place.set.init is None else place.set.init(place.leaf)
-        flat[place.index] = place.set.nearest(place.leaf, place.extent, memory)
-    return jax.tree_util.tree_unflatten(treedef, flat)
-
-
-def _closing(
-    constraint: Any, chosen: Chosen, every: int
-) -> optax.GradientTransformationExtraArgs:
+    """The transformation, for every public function that makes one."""
     set_of = sets_by_path(constraint)
     checks.at_least(1, every=every)
 
     def init(params: optax.Params) -> ProjectState:
         kept = [
-            place.set.init(place.leaf)
-            for place in places(params, set_of, chosen)
-            if place.set.init is not None
+            _remembered(member.set.init, member.leaf)
+            for member in members(params, set_of, chosen)
+            if member.set.init is not None
         ]
-        memory: Any = ()
+        memory: Memory = ()
         if remembers(constraint):  # of an empty tree as well
             memory = jnp.concatenate(kept) if kept else jnp.zeros((1,), jnp.float32)
         return ProjectState(jnp.zeros((), jnp.int32) if every > 1 else (), memory)
 
     def update(
         updates: optax.Updates,
-        state: Any,
+        state: Any,  # a ProjectState, or None
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, ProjectState]:
         del extra_args
         if params is None:
@@ -192,44 +124,130 @@ def _closing(
         state = init(params) if state is None else state
         if every == 1:
             return projected(updates, state.memory, params), state
-        steps = optax.safe_increment(state.steps)
+        steps = jnp.asarray(optax.safe_increment(state.steps))
         updates = jax.lax.cond(
             steps % every == 0,
-            lambda: projected(updates, state.memory, params),
-            lambda: updates,
+            projected,
+            _unchanged,
+            *(updates, state.memory, params),
         )
         return updates, ProjectState(steps, state.memory)
 
-    def projected(updates: Any, memory: Any, params: Any) -> Any:
+    def projected(
+        updates: optax.Updates, memory: Memory, params: optax.Params
+    ) -> optax.Updates:
         flat, treedef = jax.tree_util.tree_flatten(updates)
-        found = {path: number for number, (path, _) in enumerate(paths.leaves(updates))}
+        index = None  # the same leaves in both trees
+        if treedef != jax.tree_util.tree_structure(params):
+            index = {path: n for n, (path, _) in enumerate(paths.leaves(updates))}
         start = 0
-        for place in places(params, set_of, chosen):
+        for member in members(params, set_of, chosen):
             own = None
-            if place.set.init is not None:
-                width = jax.eval_shape(place.set.init, place.leaf).size
+            if member.set.init is not None:
+                width = jax.eval_shape(member.set.init, member.leaf).size
                 own, start = memory[start : start + width], start + width
-            number = found.get(place.path)
+            number = member.index if index is None else index.get(member.path)
             if number is None or not numerics.is_measured(flat[number]):
-                continue
-            p, u = place.leaf, jnp.asarray(flat[number])
-            checks.same_shape(place.path, p, u)
-            # Summed once more behind a barrier, so that XLA does not write the sum to
-            # memory to share it between the measuring and the landing.
-            seen = place.set.measure(
-                wide_sum(*jax.lax.optimization_barrier((p, u))), place.extent
-            )
-            u = settled(u)
-            y = applied(p, u)
-            flat[number] = landing(p, u, y, place.set.project(y, seen, own))
+                continue  # a frozen parameter has no update, or MaskedNode for one
+            p, u = member.leaf, jnp.asarray(flat[number])
+            if p.shape != u.shape:
+                raise error(
+                    f"params must have the shapes of updates, got {p.shape} for "
+                    f"{u.shape} at {member.path!r}."
+                )
+            measured = member.set.measure(Sum((p, u)), member.extent)
+            u, y = applied(p, u)
+            q = member.set.project(y, measured, own)
+            flat[number] = steered(p, u, y, q)
         return jax.tree_util.tree_unflatten(treedef, flat)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_nnx_module(params: Any) -> bool:
-    # Nobody who has a module has not imported flax.
-    return any(
-        base.__module__.startswith("flax.nnx") and base.__name__ == "Module"
-        for base in type(params).__mro__
-    )
+def _unchanged(
+    updates: optax.Updates, memory: Memory, params: optax.Params
+) -> optax.Updates:
+    return updates
+
+
+class Member(NamedTuple):
+    """A leaf that is projected: where it is in the tree, on what, over which axes."""
+
+    index: int
+    path: str
+    leaf: jax.Array
+    set: Set
+    extent: Any
+
+
+def members(params: Tree, set_of: Callable[[str], Set], chosen: Chosen) -> list[Member]:
+    """The leaves that are projected."""
+    abstract = jax.ShapeDtypeStruct  # `init` takes these as well
+    leaves: list[tuple[int, str, Any]] = [
+        (index, path, value if isinstance(value, abstract) else jnp.asarray(value))
+        for index, (path, value) in enumerate(paths.leaves(params))
+        if numerics.is_measured(value)
+    ]
+    shapes = {path: leaf.shape for _, path, leaf in leaves}
+    kept = [entry for entry in leaves if chosen(*entry[1:], shapes)]
+    if leaves and not kept:
+        listed = paths.some(list(shapes))
+        raise error(f"where must select a leaf, got none of {listed}.")
+    found = []
+    for index, path, leaf in kept:
+        own = set_of(path)
+        found.append(Member(index, path, leaf, own, own.extent(path, leaf, shapes)))
+    return found
+
+
+def sets_by_path(constraint: Constraint) -> Callable[[str], Set]:
+    """The set of each path."""
+    if isinstance(constraint, Set):
+        return lambda path: constraint
+    wrong = "constraint must be a Set of optclip or a tree of them, got"
+    leaves = paths.leaves(constraint)
+    for path, value in leaves:
+        if not isinstance(value, Set):
+            at = f" at {path!r}" if path else ""
+            raise error(f"{wrong} {_short(value)}{at}.")
+    if not leaves:
+        raise error(f"{wrong} {_short(constraint)}.")
+    lookup = paths.prefix_lookup("constraint", constraint, default=leaves)
+
+    def set_of(path: str) -> Set:
+        found = lookup(path)
+        if found is leaves:
+            raise error(
+                f"constraint must cover every leaf, got none for {path!r} (it has "
+                f"{paths.some([path for path, _ in leaves])}); where= chooses leaves, "
+                f"and box(-inf, inf) leaves one free."
+            )
+        return found
+
+    return set_of
+
+
+def remembers(constraint: Constraint) -> bool:
+    """Whether any of the sets keeps something in the state."""
+    return any(leaf.init is not None for leaf in jax.tree_util.tree_leaves(constraint))
+
+
+def chosen_by(where: Where | None) -> Chosen:
+    """What says whether a leaf is projected."""
+    if where is None:
+        return lambda path, leaf, shapes: True
+    selects = paths.selector(where)
+    return lambda path, leaf, shapes: selects(path, leaf)
+
+
+def _remembered(init: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
+    """The memory of a leaf; NaN for an abstract one, of which nothing is known."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return init(leaf)
+    kept = jax.eval_shape(init, leaf)
+    return jnp.full(kept.shape, jnp.nan, kept.dtype)
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -9,6 +9,8 @@ its group, and its query heads make up for the rest, so that every head's logits
 by its own γ and heads within tau stay as they are.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +22,10 @@ from jax.typing import ArrayLike
 
 from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
-from optclip._core.rounding import rounded
-from optclip.projections.landing import applied, landing, settled
+from optclip._core.rounding import bound_towards, rounded
+from optclip._core.types import Tree
+from optclip.projections.base import bound_array
+from optclip.projections.landing import applied, steered
 
 NAME = "max_logits"
 
@@ -62,10 +66,11 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if tau is not positive; at update, if max_logits or params are
-        missing, a path has no `query` and `key`, the numbers of heads differ, or
-        queries and keys are normalised (whose norm the kernels do not decide).
+        missing, a path has no `query` and `key`, the logits are not one number a head
+        (and stacked layer), or queries and keys are normalised (whose norm the kernels
+        do not decide).
 
-    Reference: Kimi Team 2025, arXiv 2507.20534.
+    Reference: Kimi Team 2025, https://arxiv.org/abs/2507.20534.
 
     >>> import jax.numpy as jnp, optax, optclip
     >>> params = {name: {"kernel": jnp.ones((1, 2, 1))} for name in ("query", "key")}
@@ -75,7 +80,7 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     >>> print(optax.apply_updates(params, updates)["query"]["kernel"].ravel())
     [0.5 1. ]
     """
-    checks.positive(tau=tau)
+    limit = bound_array(checks.positive, tau=tau)
     checks.scalar(tau=tau)
 
     def init(params: optax.Params) -> optax.EmptyState:
@@ -87,9 +92,9 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
         state: Any,
         params: optax.Params | None = None,
         *,
-        max_logits: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+        max_logits: Tree = None,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         if params is None:
             raise error("params must be given to update, got None.")
@@ -103,7 +108,7 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
         values = {path: value for path, value in paths.leaves(params)}
         factors: dict[str, jax.Array] = {}
         for path, largest in paths.leaves(max_logits):
-            factors |= _factors(_module(path), jnp.asarray(largest), values, tau)
+            factors |= _factors(_module(path), jnp.asarray(largest), values, limit)
         for path, factor in factors.items():
             # A frozen parameter has no update, or MaskedNode for one.
             if path in index and path in values:
@@ -199,7 +204,7 @@ def _module(path: str) -> str:
 
 
 def _factors(
-    module: str, largest: jax.Array, values: dict[str, Any], tau: Any
+    module: str, largest: jax.Array, values: dict[str, Any], limit: ArrayLike
 ) -> dict[str, jax.Array]:
     """What to multiply the projections of one attention module by."""
     inside = f"{module}/" if module else ""
@@ -214,15 +219,18 @@ def _factors(
             f"queries and keys must not be normalised, got {module!r} with "
             "normalize_qk, whose logits the kernels do not decide."
         )
-    heads, key_heads = (
-        jnp.shape(values[f"{inside}{name}/kernel"])[-2] for name in ("query", "key")
-    )
-    if largest.ndim == 0 or largest.shape[-1] != heads:
+    kernel = jnp.shape(values[f"{inside}query/kernel"])
+    heads, key_heads = kernel[-2], jnp.shape(values[f"{inside}key/kernel"])[-2]
+    # One number a head, for each of the axes that count stacked layers.
+    stack = largest.ndim - 1
+    fits = 0 <= stack <= len(kernel) - 3 and largest.shape == (*kernel[:stack], heads)
+    if not fits:
         raise error(
-            f"max_logits must have one number a head, got shape "
-            f"{largest.shape} for {heads} heads at {module!r}."
+            f"max_logits must have one number a head, got shape {largest.shape} for "
+            f"{heads} heads of a kernel of shape {kernel} at {module!r}."
         )
     largest = largest.astype(jnp.float32)
+    tau = bound_towards(limit, jnp.float32, 0.0)
     over = jnp.isfinite(largest) & (largest > tau)
     own = jnp.where(over, tau / jnp.where(over, largest, 1), 1)
     groups = own.reshape(*own.shape[:-1], key_heads, heads // key_heads)
@@ -237,11 +245,10 @@ def _factors(
 
 def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
     """Updates that take p to (p + u) times the factor of each head."""
-    u = settled(u)
-    y = applied(p, u)
+    u, y = applied(p, u)
     stack, between = factor.shape[:-1], p.ndim - factor.ndim - 1
     factor = factor.reshape(*stack, *(1,) * between, factor.shape[-1], 1)
     wide = numerics.wide_dtype(p.dtype)
     moved = y.astype(wide) * factor.astype(wide)
     moved = rounded(moved, p.dtype).astype(p.dtype)
-    return landing(p, u, y, jnp.where(factor == 1, y, moved))
+    return steered(p, u, y, jnp.where(factor == 1, y, moved))

@@ -351,7 +351,7 @@ FACTORIES = {
     ),
     "project-tree": (
         lambda: optclip.project({"a": sets.nonnegative(), "b": 1.0}),
-        "project: constraint must be a Set of optclip or a tree of them, got {",
+        "project: constraint must be a Set of optclip or a tree of them, got 1.0 at 'b'.",
     ),
     "project-every": (
         lambda: optclip.project(sets.nonnegative(), every=0),
@@ -613,7 +613,7 @@ MISMATCHED |= {
     ),
     "project-uncovered": (
         lambda: projecting({"a": sets.nonnegative()}),
-        "project: constraint must cover every leaf, got none for 'b/w' (it has 'a').",
+        "project: constraint must cover every leaf, got none for 'b/w' (it has 'a'); ",
     ),
     "max_norm-axis": (
         lambda: projecting(sets.max_norm(axis=1)),

@@ -96,7 +96,7 @@ def by_scipy(constraints, bounds):
         bounds=bounds,
         constraints=constraints,
         method="SLSQP",
-        options={"ftol": 1e-10, "maxiter": 500},
+        options={"ftol": 1e-9, "maxiter": 500},
     )
     assert found.success
     return found.x.reshape(X.shape)
@@ -114,7 +114,7 @@ def test_oracles_are_nearest_points():
     total = {"type": "eq", "fun": lambda v: v.sum() - 2.0}
     want = by_scipy([total], [(0, None)] * X.size)
     np.testing.assert_allclose(oracle.simplex(X, 2.0), want, atol=1e-5)
-    ball = {"type": "ineq", "fun": lambda v: 2.25 - v @ v}
+    ball = {"type": "ineq", "fun": lambda v: 2.25 - v @ v, "jac": lambda v: -2 * v}
     want = by_scipy([ball], [(None, None)] * X.size)
     np.testing.assert_allclose(oracle.l2_ball(X, 1.5), want, atol=1e-4)
 

@@ -1,7 +1,6 @@
-"""The doors: which leaves, when, in which trees."""
+"""`project` and `project_params`: which leaves, when, in which trees."""
 
 import equinox as eqx
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,8 @@ from flax.core import freeze
 
 import optclip
 from optclip import sets
+from tests.laws.table import PROJECTIONS
+from tests.projections.steps import after, moved
 
 
 def model():
@@ -19,22 +20,6 @@ def model():
         "dense": {"kernel": jnp.full((2, 3), 5.0), "bias": jnp.full(3, 5.0)},
         "norm": {"scale": jnp.full(3, 5.0), "bias": jnp.full(3, 5.0)},
     }
-
-
-def after(tx, params, steps=1):
-    """The parameters after some steps of no update."""
-    state, update = tx.init(params), jax.jit(tx.update)
-    for _ in range(steps):
-        updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
-def moved(params):
-    """The paths at which a tree of fives is no longer fives."""
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = ("/".join(key.key for key in keys) for keys, x in flat if np.all(x != 5))
-    return set(names)
 
 
 EVERY = {"dense/kernel", "dense/bias", "norm/scale", "norm/bias"}
@@ -114,49 +99,6 @@ def test_order_matters():
         assert (optax.apply_updates(params, updates) <= 1).all() == lands
 
 
-# Weights by name.
-
-SHAPES = {
-    "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
-    "embed": {"embedding": (7, 3)},
-    "haiku": {"w": (5,), "b": (1,)},
-    "stack": {"kernel": (2, 3, 3), "bias": (2, 3), "scale": (2, 3)},
-    "norm": {"scale": (4,), "offset": (4,)},
-    "equinox": {"weight": (3,), "bias": (3,)},
-    "linear": {"weight": (3, 2)},
-    "own": {"matrix": (3, 2), "vector": (3,)},
-}
-WEIGHTS = {
-    "conv/kernel",
-    "embed/embedding",
-    "haiku/w",
-    "stack/kernel",
-    "linear/weight",
-    "own/matrix",
-}
-
-
-def test_clip_weights_takes_weights():
-    params = jax.tree.map(
-        lambda shape: jnp.full(shape, 5.0),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    assert moved(after(optclip.clip_weights(0.01), params)) == WEIGHTS
-    everything = optclip.clip_weights(0.01, where=optclip.everything)
-    assert len(moved(after(everything, params))) == len(jax.tree.leaves(params))
-
-
-def test_clip_weights_of_a_critic_with_batch_norm():
-    critic = nn.Sequential(
-        [nn.Dense(3), nn.BatchNorm(use_running_average=True), nn.Dense(1)]
-    )
-    params = critic.init(jax.random.key(0), jnp.ones((2, 4)))["params"]
-    params = jax.tree.map(lambda x: jnp.full(x.shape, 5.0), params)
-    want = {"layers_0/kernel", "layers_2/kernel"}
-    assert moved(after(optclip.clip_weights(0.01), params)) == want
-
-
 def test_init_box_is_kept_in_the_state():
     params = {"kernel": jnp.array([[0.5, -2.0]]), "bias": jnp.zeros(2)}
     tx = optclip.project(sets.init_box(1.5))
@@ -200,39 +142,101 @@ def test_equinox_module():
     assert all(np.all(np.abs(x) <= 1e-3) for x in arrays)
 
 
-# Sets of matrices.
+# What goes wrong, and what looks as if it would.
 
 
-@pytest.mark.parametrize("iterations", [None, 40])
-def test_convolutions_and_stacked_layers_are_matrices(iterations):
-    rng = np.random.default_rng(0)
-    params = {
-        "conv": {"kernel": 5 * rng.standard_normal((3, 3, 2, 4)), "bias": np.ones(4)},
-        "stack": {"kernel": 5 * rng.normal(size=(2, 3, 6)), "bias": np.ones((2, 6))},
-        "small": {"kernel": 0.01 * rng.standard_normal((2, 3)), "bias": np.zeros(3)},
-    }  # fmt: skip
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    got = optclip.project_params(params, sets.spectral_ball(1.0, iterations=iterations))
-    matrices = (got["conv"]["kernel"].reshape(18, 4), *got["stack"]["kernel"])
-    for matrix in matrices:
-        np.testing.assert_allclose(np.linalg.norm(matrix, 2), 1, atol=1e-4)
-    assert np.linalg.norm(got["stack"]["bias"][1]) == pytest.approx(1, abs=1e-5)
-    if iterations is None:
-        assert np.all(got["small"]["kernel"] == params["small"]["kernel"])
-    assert np.all(got["small"]["bias"] == 0)
+def test_a_tuple_of_sets_is_a_tree_of_sets():
+    params = (jnp.array([-1.0, 3.0]), jnp.array([-1.0, 3.0]))
+    constraint = (sets.box(0.0, 1.0), sets.box(-1.0, 0.0))
+    for found in (
+        optclip.project_params(params, constraint),
+        after(optclip.project(constraint), params),
+    ):
+        np.testing.assert_array_equal(found[0], [0, 1])
+        np.testing.assert_array_equal(found[1], [-1, 0])
 
 
-@pytest.mark.parametrize("steps", [8, 12, 16, 24])
-@pytest.mark.parametrize("largest", [1.05, 2.0, 10.0])
-def test_the_stated_error_of_newton_schulz(largest, steps):
-    rng = np.random.default_rng(0)
-    u, _ = np.linalg.qr(rng.standard_normal((48, 32)))
-    v, _ = np.linalg.qr(rng.standard_normal((32, 32)))
-    w = jnp.asarray((u * np.geomspace(0.01, largest, 32)) @ v.T, jnp.float32)
-    tree = {"kernel": w}
-    products = optclip.project_params(tree, sets.spectral_ball(1.0, iterations=steps))
-    exact = optclip.project_params(tree, sets.spectral_ball(1.0))
-    s = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
-    stated = np.sqrt(np.sum((s**2 - 1) ** 2)) * 1.875**-steps / 4
-    off = np.asarray(products["kernel"] - exact["kernel"], np.float64)
-    assert np.linalg.norm(off, 2) <= stated + 1e-5 * largest
+def test_a_leaf_without_a_set_says_how_to_leave_it_out():
+    tree = {"w": sets.nonnegative(), "b": None}
+    params = {"w": -jnp.ones(2), "b": -jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"none for 'b' .*where= chooses leaves"):
+        optclip.project(tree).init(params)
+    found = optclip.project_params(params, tree, "^w$")
+    assert np.all(found["w"] == 0) and np.all(found["b"] == -1)
+
+
+@pytest.mark.parametrize("wrong", [1.0, "box", jnp.ones(300), sets.box])
+def test_a_wrong_leaf_is_named_without_the_tree(wrong):
+    tree = {f"layer_{n}": {"kernel": sets.nonnegative()} for n in range(30)}
+    tree["layer_7"]["kernel"] = wrong
+    with pytest.raises(ValueError, match=r"at 'layer_7/kernel'\.$") as caught:
+        optclip.project(tree)
+    assert len(str(caught.value)) < 200
+
+
+def test_params_that_left_the_set_are_found():
+    """What happens when the optimizer follows the projection."""
+    params, grads = {"w": jnp.array([0.9])}, {"w": jnp.array([-5.0])}
+    box = sets.linf_ball(1.0)
+    for order, fine in ((1, True), (-1, False)):
+        tx = optax.chain(*(optax.sgd(1.0), optclip.project(box))[::order])
+        updates, _ = tx.update(grads, tx.init(params), params)
+        stepped = optax.apply_updates(params, updates)
+        if fine:
+            optclip.project_params(stepped, box, strict=True)
+            continue
+        says = r"got 'w' outside of linf_ball\(1\.0\)\. .* not the last transform"
+        with pytest.raises(ValueError, match=f"^project_params: .*{says}"):
+            optclip.project_params(stepped, box, strict=True)
+
+
+def test_abstract_leaves_are_enough_for_init():
+    params = model()
+    abstract = jax.eval_shape(lambda: params)
+    for tx in (
+        optclip.project(sets.linf_ball(1.0), every=2),
+        optclip.project({"dense": sets.max_norm(), "norm": sets.l1_ball()}),
+        optclip.project(sets.orthogonal(), "kernel"),
+        optclip.clip_weights(),
+        optclip.qk_clip(),
+        *(optclip.project(row.make(1.0)) for row in PROJECTIONS),
+    ):
+        known, from_shapes = tx.init(params), tx.init(abstract)
+        assert jax.tree.structure(known) == jax.tree.structure(from_shapes)
+        for one, other in zip(*map(jax.tree.leaves, (known, from_shapes)), strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            assert np.all((one == other) | np.isnan(other)), "never a wrong number"
+    module = nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    tx = optclip.project(sets.intersection(sets.init_box(), sets.max_norm()))
+    optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+    assert jax.tree.leaves(optimizer.opt_state)[0].shape == (2,)
+
+
+LOWERED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: LOWERED.append(name) if "to_mlir" in name else None
+)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        sets.box(-1, 1),
+        sets.max_norm(),
+        sets.intersection(sets.l2_ball(), sets.nonnegative(), iterations=2),
+        sets.spectral_ball(iterations=2),
+    ],
+    ids=repr,
+)
+def test_eager_updates_compile_nothing_new(constraint, every):
+    params = model()
+    tx = optclip.project(constraint, every=every)
+    state = tx.init(params)
+    counts = []
+    for _ in range(6):
+        _, state = tx.update(params, state, params)
+        counts.append(len(LOWERED))
+    assert counts[-1] == counts[2]
+    jax.jit(lambda x: x + counts[-1])(1.0)
+    assert len(LOWERED) > counts[-1], "what is counted"

@@ -167,6 +167,13 @@ def test_a_sharp_attention_stays_below_tau():
     [
         (plain(), {"mha": jnp.ones(3)}, "must have one number a head, got shape (3,) "),
         (plain(), {"mha": jnp.ones(())}, "must have one number a head, got shape () "),
+        (
+            plain(),
+            {"mha": jnp.ones((3, 2))},
+            "got shape (3, 2) for 2 heads of a kernel ",
+        ),
+        (plain(stack=(2,)), {"mha": jnp.ones((3, 2))}, "got shape (3, 2) for 2 heads"),
+        (plain(), {"mha": jnp.ones((1, 1, 2))}, "got shape (1, 1, 2) for 2 heads"),
         (plain(), {"mlp": jnp.ones(2)}, "must name attention modules, got 'mlp'"),
         (
             {"mha": {**plain()["mha"], "query_ln": {"scale": jnp.ones(2)}}},

@@ -1,0 +1,234 @@
+"""Sets of matrices, by their singular values.
+
+    spectral_ball   W = U diag(σ) Vᵀ ← U diag(min(σ, radius)) Vᵀ
+    orthogonal      W ← U Vᵀ, the polar factor
+
+A parameter is read as a matrix from its inputs (over the window of a convolution) to
+its outputs by its layout; stacked layers are matrices of their own, and a bias or scale
+is one column. Computed in float32 or wider with products at full precision: exactly by
+a singular value decomposition, or by products alone (Newton-Schulz), which suit large
+matrices and accelerators. Both keep copies of the leaf in memory, about four and six.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from optclip._core import checks, layouts, numerics
+from optclip._core.groupings import stack_of
+from optclip._core.public import public
+from optclip._core.rounding import bound_towards, power_of_two, rounded
+from optclip._core.types import Shapes, Stacked
+from optclip.projections import polar
+from optclip.projections.base import (
+    Set,
+    as_it_is,
+    bound_array,
+    is_complex,
+    not_real,
+    require_whole,
+    trailing,
+)
+
+
+class Sides(NamedTuple):
+    """The axes of a matrix's rows and columns; all others count matrices."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+@public
+def spectral_ball(
+    radius: ArrayLike = 1.0,
+    *,
+    iterations: int | None = None,
+    stacked: Stacked = None,
+) -> Set:
+    """Matrices whose largest singular value is bounded.
+
+        {W : σ_max(W) ≤ radius}
+
+    The Lipschitz constant of a Dense layer is then at most the radius; a convolution's
+    at most that times the root of its window's size.
+
+    Args:
+      radius: a positive number of any type, in the units of the parameters.
+      iterations: None for singular value decompositions, or how many Newton-Schulz
+        steps to take instead. After k steps no singular value is off by more than
+        ‖WᵀW / radius² - 1‖_F · 1.875^-k / 4 radii: 16 steps do inside a training run,
+        24 for a start far outside. Static.
+      stacked: how many leading axes count independent layers: True (one) or a number
+        for every leaf, a regular expression for the leaves with one, or None to read it
+        off the parameter's layout.
+
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: a matrix inside keeps its bits (with iterations: up to rounding), and so
+    does one that was projected. Those are never outside, by their exact norm, and at
+    most 12 + 6√n units in the last place inside, for n rows or columns up to 1024; in
+    float16 and bfloat16, where rounding the elements moves σ_max too, 2 units of theirs
+    more, which they may rarely exceed. Derivatives are finite at repeated singular
+    values and at zero. NaN or infinity makes its matrix NaN.
+
+    Raises:
+      ValueError: if radius is not positive, or iterations not a positive integer; at
+        init, if a leaf is complex, or varies over a mesh axis inside `shard_map`.
+
+    Reference: Newhouse et al. 2025, https://arxiv.org/abs/2507.13338, who use other
+    polynomials.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> matrix = jnp.array([[3.0, 0.0], [0.0, 0.5]])
+    >>> print(optclip.project_params(matrix, spectral_ball(2.0)).round(4))
+    [[2.  0. ]
+     [0.  0.5]]
+    """
+    bound = bound_array(checks.positive, radius=radius)
+    checks.scalar(radius=radius)
+    _check_iterations(iterations)
+
+    def project(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
+        w, undo, finite = _matrices(x, sides)
+        # How far off a singular value may be, as computed: what is at most one margin
+        # inside counts as inside, what is capped comes two margins inside.
+        margin = _error(max(w.shape[-2:]), w.dtype)
+        rounding = 0.0 if x.dtype == w.dtype else 2 * float(jnp.finfo(x.dtype).eps)
+        goal = bound_towards(bound, w.dtype, 0.0) * (1 - rounding - 2 * margin)
+        near = _near(w, goal)
+        if iterations is None:
+            capped = polar.mapped(near, polar.cap(margin))
+        else:
+            capped = polar.capped_by_products(near, iterations)
+        inside = jnp.all(capped == near, axis=(-2, -1), keepdims=True)
+        capped = jnp.where(inside, w, capped * goal)
+        capped = jnp.where(finite, capped, jnp.nan)
+        return undo(rounded(capped, x.dtype)).astype(x.dtype)
+
+    def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
+        limit = bound_towards(bound, numerics.wide_dtype(x.dtype), 0.0)
+        return _largest(x, sides, lambda s: s, 0) <= limit
+
+    return Set(_sides_of(stacked), as_it_is, project, contains)
+
+
+@public
+def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set:
+    """Matrices whose columns (or rows, if those are fewer) are orthonormal.
+
+        {W : WᵀW = I}   (or WWᵀ = I)
+
+    The nearest one is the polar factor, which has all singular values 1.
+
+    Args:
+      iterations: None for singular value decompositions, or how many Newton-Schulz
+        steps to take instead: a singular value s converges after about
+        log(‖W‖_F / s) / log(1.875) + 3. Static.
+      stacked: how many leading axes count independent layers: True (one) or a number
+        for every leaf, a regular expression for the leaves with one, or None to read it
+        off the parameter's layout.
+
+    Returns:
+      A set for `project`, `project_params` and `intersection`.
+
+    Edge cases: singular values are 1 to 4 units in the last place of the leaf's dtype
+    for up to 256 rows or columns, and to 5 for up to 1024.
+    Directions whose singular value is 0, to rounding beside the largest, become 0: a
+    zero bias stays zero, and a matrix of ones has one singular value 1. The derivative
+    grows as 1/s for small singular values s, and is taken as 0 at 0; at repeated ones
+    it is finite. NaN or infinity makes its matrix NaN.
+
+    Raises:
+      ValueError: if iterations is not a positive integer; at init, if a leaf is
+        complex, or varies over a mesh axis inside `shard_map`.
+
+    Reference: Higham 1986, https://doi.org/10.1137/0907079.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> matrix = jnp.array([[0.0, 2.0], [-3.0, 0.0]])
+    >>> print(optclip.project_params(matrix, orthogonal()).round(5))
+    [[ 0.  1.]
+     [-1.  0.]]
+    """
+    _check_iterations(iterations)
+
+    def project(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
+        w, undo, finite = _matrices(x, sides)
+        if iterations is None:
+            found = polar.mapped(w, polar.one(_error(max(w.shape[-2:]), w.dtype)))
+        else:
+            found = polar.polar_by_products(w, iterations)
+        found = jnp.where(finite, found, jnp.nan)
+        return undo(rounded(found, x.dtype)).astype(x.dtype)
+
+    def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
+        wide = numerics.wide_dtype(x.dtype)
+        side = max(math.prod(x.shape[n] for n in axes) for axes in sides)
+        slack = 4 * float(jnp.finfo(x.dtype).eps) + _error(side, wide)
+        return _largest(x, sides, lambda s: jnp.abs(s - 1), 0) <= slack
+
+    return Set(_sides_of(stacked), as_it_is, project, contains)
+
+
+def _check_iterations(iterations: int | None) -> None:
+    if iterations is not None:
+        checks.at_least(1, iterations=iterations)
+
+
+def _sides_of(stacked: Stacked) -> Callable[[str, jax.Array, Shapes], Sides]:
+    def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Sides:
+        if is_complex(leaf):
+            raise not_real(path)
+        require_whole(path, leaf)
+        layout = layouts.layout(path, shapes, stacked=stack_of(stacked, path))
+        return Sides((*layout.window, *layout.inputs), layout.outputs)
+
+    return extent
+
+
+def _matrices(
+    x: jax.Array, sides: Sides
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], jax.Array]:
+    """Each matrix along the last two axes, what undoes it, and which are finite.
+
+    The others are zeros: a decomposition of an infinity does not return.
+    """
+    w, undo = trailing(x, *sides)
+    w = w.astype(numerics.wide_dtype(x.dtype))
+    finite = jnp.all(jnp.isfinite(w), axis=(-2, -1), keepdims=True)
+    return jnp.where(finite, w, 0), undo, finite
+
+
+def _error(side: int, wide: DTypeLike) -> float:
+    """By how much, relatively, a computed singular value may be off: 4 + 2√n units."""
+    return float(jnp.finfo(wide).eps) * (4 + 2 * math.sqrt(side))
+
+
+def _near(w: jax.Array, goal: jax.Array) -> jax.Array:
+    """The matrices in units of the goal, those far outside moved towards it.
+
+    At 2^30 goals what is no larger than the goal is noise beside the rest; and squares
+    stay in range.
+    """
+    largest = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
+    far = jax.lax.stop_gradient(largest) > 2.0**30 * goal
+    shrunk = w * (1 / power_of_two(largest)) * 2.0**30
+    return jnp.where(far, shrunk, w / jnp.where(far, 1, goal))
+
+
+def _largest(
+    x: jax.Array, sides: Sides, of: Callable[[jax.Array], jax.Array], least: float
+) -> jax.Array:
+    """The largest number that a function makes of singular values, matrix by matrix."""
+    w, _, finite = _matrices(x, sides)
+    worst = jnp.max(of(jnp.linalg.svd(w, compute_uv=False)), axis=-1, initial=least)
+    worst = jnp.where(finite[..., 0, 0], worst, jnp.nan)
+    inner = (*sides.rows, *sides.columns)
+    return worst.reshape([1 if n in inner else size for n, size in enumerate(x.shape)])

@@ -1,0 +1,186 @@
+"""Norms of units, as sets of them need them: measured, bounded from inside, given.
+
+    x ← x · goal / ‖x‖₂
+
+A norm is summed in float32 or wider, in units of the radius, which is right for every
+norm from 2^-30 to 2^60 radii. Where one lies outside of that, its leaf is measured once
+more, each group in units of its own largest element; so norms are right wherever x is
+finite, and they may themselves be larger than the dtype's largest number.
+
+A bound is entered by a margin of 2 units in the last place of the dtype of the sum,
+which covers the rounding of the sum and of the scaling, and by half of one of a
+half-precision leaf; results are rounded towards zero. So the exact norm of what comes
+out is never above the radius. (The sum of more than about 10⁵ elements may be off by
+more, as every sum in float32.)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from optclip._core import checks, meshes, numerics
+from optclip._core.groupings import Grouping, in_range, per_unit
+from optclip._core.rounding import bound_towards, power_of_two, rounded, rounded_towards
+from optclip._core.types import Axes
+from optclip.projections.base import Extent, Sum, bound_array
+
+MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
+Number = np.ndarray | jax.Array
+
+
+class Norm(NamedTuple):
+    """Norms, value times unit: the unit, a power of two, is 1 for ordinary norms."""
+
+    value: jax.Array
+    unit: jax.Array
+
+    @property
+    def size(self) -> jax.Array:
+        """The norm itself, infinite where its dtype cannot hold it."""
+        return self.value * self.unit
+
+
+def units(axis: Axes | None) -> Grouping:
+    """Units by layout, or over the given axes of every leaf."""
+    checks.axes(axis=axis)
+    if axis is None:
+        return per_unit()
+    return Grouping(
+        lambda path, shape, shapes: in_range("axis", path, shape, axis),
+        None,
+        sums=None,
+    )
+
+
+def checked_radius(**named: ArrayLike) -> Number:
+    """One non-negative number, as floats; raises for anything else."""
+    radius = bound_array(checks.non_negative, **named)
+    checks.scalar(**named)
+    return radius
+
+
+def margin(dtype: DTypeLike, wide: DTypeLike) -> float:
+    """By how much, relatively, a norm must be within its bound to be so for certain.
+
+    It was measured before x was rounded to half precision.
+    """
+    rounding = float(jnp.finfo(dtype).eps) / 2 if dtype != wide else 0.0
+    return MARGIN * float(jnp.finfo(wide).eps) + rounding
+
+
+def norm_near(radius: Number, inside: bool = False) -> Callable[[Sum, Extent], Norm]:
+    """The norm of each group.
+
+    Args:
+      radius: about how large norms are.
+      inside: whether a norm far below the radius need not be known, because nothing
+        happens there: it comes out as any number below the radius.
+    """
+
+    def measure(total: Sum, extent: Extent) -> Norm:
+        wide = numerics.wide_dtype(*(term.dtype for term in total.terms))
+        return _norm(total, bound_towards(radius, wide, 0.0), extent, inside)
+
+    return measure
+
+
+# Jitted, because eager code would compile the branches of `cond` at every call.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
+    x = _parts(total)
+    wide = x[0].dtype
+    if not extent.axes and not extent.mesh:  # each element is a group
+        size = functools.reduce(numerics.hypot, map(jnp.abs, x))
+        return Norm(size, jnp.ones((), wide))
+
+    half = int(jnp.finfo(wide).maxexp) // 2
+    high, tiny = 2.0 ** (half - 4), 0.0 if inside else 2.0 ** (28 - 2 * half)
+    unit = power_of_two(radius, 30 if inside else 0)
+    squares = _sum(extent, [_square(part, unit, high, tiny) for part in x])
+    count = math.prod(x[0].shape[n] for n in extent.axes) * len(x)
+    count = count * meshes.axis_size(extent.mesh)
+    known = count * tiny * 2.0 ** (int(jnp.finfo(wide).nmant) + 3)
+    value = unit * numerics.safe_sqrt(squares)
+    ordinary = (squares < high**2) & ((squares >= known) | (squares == 0))
+    ordinary &= jnp.isfinite(value)
+    one = jnp.ones((), wide)
+    rough = Norm(value, jnp.where(ordinary, one, one))
+
+    def again() -> Norm:
+        largest = functools.reduce(jnp.maximum, map(jnp.abs, _parts(total)))
+        largest = jnp.max(largest, extent.axes, keepdims=True)
+        if extent.mesh:
+            largest = meshes.largest_across(largest, extent.mesh)
+        own = power_of_two(largest, 0)
+        squares = [jnp.square(part * (1 / own)) for part in _parts(total, own)]
+        value = numerics.safe_sqrt(_sum(extent, squares))
+        # Groups in range keep the bits that they have when none is out of it.
+        return Norm(
+            jnp.where(ordinary, rough.value, value), jnp.where(ordinary, one, own)
+        )
+
+    return jax.lax.cond(jnp.all(ordinary), lambda: rough, again)
+
+
+def _parts(total: Sum, *after: jax.Array) -> tuple[jax.Array, ...]:
+    """The array as real ones, in float32 or wider."""
+    x = total.value(*after)
+    x = numerics.widen(x, numerics.wide_dtype(x.dtype))
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+
+def _square(x: jax.Array, unit: jax.Array, high: float, tiny: float) -> jax.Array:
+    """The square of x / unit, at most high², and tiny more if x is not zero.
+
+    So a derivative that is not used is finite, and tiny numbers are told from zeros. It
+    is made of minima, because XLA:CPU writes what a sum selects or clamps to memory.
+    """
+    square = jnp.square(jnp.minimum(jnp.abs(x * (1 / unit)), high))
+    if not tiny:
+        return square
+    return square + jnp.minimum(jnp.abs(x) * (1 / float(jnp.finfo(x.dtype).tiny)), tiny)
+
+
+def _sum(extent: Extent, squares: list[jax.Array]) -> jax.Array:
+    total = jnp.sum(functools.reduce(jnp.add, squares), extent.axes, keepdims=True)
+    return jax.lax.psum(total, extent.mesh) if extent.mesh else total
+
+
+def scaled(
+    x: jax.Array,
+    norm: Norm,
+    goal: jax.Array,
+    stays: jax.Array,
+    nearest: bool = False,
+) -> jax.Array:
+    """Gives each group its goal, except those that stay.
+
+    Rounds outward where a group grows, else inward; or all to nearest.
+    """
+    wanted = jnp.where(jnp.isfinite(norm.value), goal, jnp.nan)
+    a, b = numerics.split(numerics.factor(norm.value, wanted))
+    moved = numerics.times(numerics.widen(x, norm.value.dtype), 1 / norm.unit)
+    moved = numerics.times(moved, a * b * a)
+    moved = jnp.where(b == 0, jnp.zeros_like(moved), moved)
+    moved = _fitted(moved, x.dtype, goal > norm.size, nearest)
+    return jnp.where(stays, x, moved)
+
+
+def _fitted(
+    w: jax.Array, dtype: DTypeLike, grows: jax.Array, nearest: bool
+) -> jax.Array:
+    if jnp.iscomplexobj(w):
+        part = jnp.finfo(dtype).dtype
+        real = _fitted(w.real, part, grows, nearest)
+        return jax.lax.complex(real, _fitted(w.imag, part, grows, nearest))
+    if nearest:
+        return rounded(w, dtype).astype(dtype)
+    return rounded_towards(w, dtype, (w > 0) == grows).astype(dtype)
