@@ -119,3 +119,11 @@ def test_a_step_from_huge_parameters():
         updates, _ = tx.update(jnp.full((4, 4), 1e24), tx.init(params), params)
         params = optax.apply_updates(params, updates)
     assert 0 < np.sqrt(np.sum(np.square(np.asarray(params, np.float64)))) <= 1
+
+
+def test_a_range_without_width_is_hit_and_not_passed():
+    """There is no room for margins within it: the norm comes as near as float32 can."""
+    kernel = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    onto = optclip.project_params({"kernel": kernel}, sets.norm_range(1.0, 1.0))
+    norms = np.linalg.norm(np.asarray(onto["kernel"], np.float64), axis=0)
+    assert np.max(np.abs(norms - 1)) <= 1.5 * 2.0**-23
