@@ -37,7 +37,7 @@ def redraw(
     rules: Rules | None = None,
     layouts: Mapping[str, str] | None = None,
     stacked: Stacked = None,
-) -> Tree | None:
+) -> Tree:
     """Draws every parameter of a finished model anew, each by its role.
 
         W[path] ~ preset[role(path)],  with the key  fold_in(key, hash(path))

@@ -10,6 +10,7 @@ import pytest
 
 import optclip
 from optclip import groupings, sets
+from tests.untyped import untyped
 
 SIZES = [1e-37, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 3e38]
 EPS = 2.0**-23
@@ -22,7 +23,7 @@ def exact(x):
 @functools.cache
 def both_ways(constraint):
     """Projected as they are, and as the sum of a parameter and an update."""
-    tx = optclip.project(constraint)
+    tx = untyped(optclip.project(constraint))
 
     @jax.jit
     def stepped(x):
