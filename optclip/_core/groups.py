@@ -150,7 +150,8 @@ def gather(
 
 def _as_array(leaf: Any) -> jax.Array:
     """The leaf as an array; an abstract one, at `init`, stays what it is."""
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+    kept: Any = leaf
+    return kept if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
 
 
 def _named(

@@ -47,10 +47,10 @@ def varying_axes(x: Any) -> MeshAxes:
 def axes_of(axis_name: AxisName) -> AxesOf:
     """Leaf -> the axes that `axis_name` gives it; None means: read its type."""
     if axis_name is None or _is_axes(axis_name):
-        axes = _tuple(axis_name)
+        axes = as_tuple(axis_name)
         return lambda leaf: axes
     lookup = paths.prefix_lookup("axis_name", axis_name, is_leaf=_is_axes)
-    return lambda leaf: _tuple(lookup(leaf.path))
+    return lambda leaf: as_tuple(lookup(leaf.path))
 
 
 def bound(axis_name: AxisName) -> bool:
@@ -120,7 +120,7 @@ def _is_axes(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _tuple(axes: AxisName) -> MeshAxes | None:
+def as_tuple(axes: AxisName) -> MeshAxes | None:
     if axes is None or isinstance(axes, tuple):
         return axes
     return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -28,7 +28,8 @@ class ClipMetrics(NamedTuple):
         for the Euclidean norm.
       limit: of that group; the largest finite number where nothing is limited at this
         step, None for a rule that never limits and under `per_element`.
-      clipped_fraction: of the groups, in [0, 1], at this step; None under `per_element`.
+      clipped_fraction: of the groups, in [0, 1], at this step; None under
+        `per_element`.
       steps: how many updates there were, int32; 0 before the first, when size and limit
         are 0 too.
       clipped_steps: how many of them clipped at least one group, int32. (Under

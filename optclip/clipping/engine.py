@@ -10,8 +10,10 @@ groupings, thresholds and actions together.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -32,7 +34,7 @@ from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import ClipMetrics
 from optclip._core.public import error, public
 from optclip._core.sizes import in_doubt, precise_sizes, summed_sizes
-from optclip._core.types import AxisName, Limit, Nonfinite
+from optclip._core.types import AxisName, Limit, Nonfinite, Tree
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.other_sizes import combined_size, sizes_of_params
 from optclip.clipping.state_blocks import blank_state, packed, repacked, unpacked
@@ -51,6 +53,10 @@ class ClipState(NamedTuple):
 
     threshold: optax.OptState
     metrics: ClipMetrics
+
+
+# Sizes by group, the same by block, and the limits of the blocks.
+_Measured = tuple[Arrays, Arrays, Arrays]
 
 
 class _Known(NamedTuple):
@@ -117,76 +123,133 @@ def clip_by(
     checks.instance(Grouping, grouping=grouping)
     checks.instance(Action, action=action)
     checks.choice(get_args(Nonfinite), nonfinite=nonfinite)
-    limit_of, learns = threshold.limit, threshold.init is not None
-    if learns and not grouping.keeps_state:
+    if threshold.init is not None and not grouping.keeps_state:
         raise error(
             f"threshold must have no state under {grouping}, whose groups are others "
             f"at every step, got {threshold}."
         )
-    nonfinite_value = jnp.nan if nonfinite == "propagate" else 0.0
-    # Of one number every size is the same, and this one never overflows.
-    measure = max_abs if grouping.elementwise else measure
-    blank = functools.cache(functools.partial(blank_state, threshold))
-    mesh_axes = meshes.axes_of(axis_name)
+    clip = _Clip(
+        threshold=threshold,
+        # Of one number every size is the same, and this one never overflows.
+        measure=max_abs if grouping.elementwise else measure,
+        grouping=grouping,
+        target_of=_target_of(action, jnp.nan if nonfinite == "propagate" else 0.0),
+        mesh_axes=meshes.axes_of(axis_name),
+        axis_name=axis_name,
+    )
+    return optax.GradientTransformationExtraArgs(clip.init, clip.update)
 
-    def init(params: optax.Params) -> ClipState:
-        here = mesh_axes if meshes.bound(axis_name) else meshes.axes_of(())
-        groups, leaves = gather(params, grouping, here)
-        zeros = _zeros(groups, leaves, measure if learns else None)
+
+def _target_of(action: Action, nonfinite_value: float) -> Callable[..., jax.Array]:
+    """(size, limit) to the size that a group is scaled to."""
+
+    @jax.jit
+    def target_of(size: jax.Array, limit: jax.Array) -> jax.Array:
+        target = action.target(size, jnp.maximum(limit, 0))
+        return jnp.where(jnp.isfinite(size), target, nonfinite_value)
+
+    return target_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Clip:
+    """What `clip_by` returns: the parts, and the way of the updates through them.
+
+    Sizes come one array a group where leaves are scaled by them, and one array a block
+    where a threshold sees them.
+    """
+
+    threshold: Threshold
+    measure: Measure
+    grouping: Grouping
+    target_of: Callable[..., jax.Array]
+    mesh_axes: meshes.AxesOf
+    axis_name: AxisName
+    second_looks: dict[Groups, Callable[..., Any]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def blank(self) -> Any:
+        """The threshold's state of one group, as shapes."""
+        return blank_state(self.threshold)
+
+    @property
+    def learns(self) -> bool:
+        return self.threshold.init is not None
+
+    def init(self, params: optax.Params) -> Tree:
+        # `init` often runs outside the shard_map whose axes are named.
+        here = self.mesh_axes if meshes.bound(self.axis_name) else meshes.axes_of(())
+        groups, leaves = gather(params, self.grouping, here)
+        zeros = self.zeros(groups, leaves)
         step = jnp.zeros((), jnp.int32)
-        state: optax.OptState = ()
-        if threshold.init is not None:
+        states: list[Any] | None = None
+        if self.threshold.init is not None:
             fresh = [Observation(x, step, groups.names) for x in zeros]
-            own = list(map(threshold.init, fresh))
-            state = packed(params, groups, blank(), own)
-        if grouping.keeps_state and groups.groups:  # a bad limit is reported here
-            known = _Known(own if state else [()] * len(zeros), zeros, step)
-            for limit, zero in zip(limits_of(groups, zeros, known), zeros, strict=True):
+            states = list(map(self.threshold.init, fresh))
+        if self.grouping.keeps_state and groups.groups:  # a bad limit is reported here
+            limits = self.limits(groups, zeros, _Known(states, zeros, step))
+            for limit, zero in zip(limits, zeros, strict=True):
                 checks.limits(zero.shape, threshold=limit)
-        limited = limit_of is not None
-        numbers = metrics.start(groups.dtype, grouping.elementwise, limited)
-        return ClipState(state, numbers)
+        limited, elementwise = (
+            self.threshold.limit is not None,
+            self.grouping.elementwise,
+        )
+        return ClipState(
+            () if states is None else packed(params, groups, self.blank, states),
+            metrics.start(groups.dtype, elementwise, limited),
+        )
 
     def update(
+        self,
         updates: optax.Updates,
-        state: ClipState | None,
+        state: Tree,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ClipState]:
+    ) -> tuple[optax.Updates, Tree]:
         del extra_args
         if state is None:
-            state = init(updates if params is None else params)
+            state = self.init(updates if params is None else params)
         if not isinstance(state, ClipState):
             raise error(f"state must be a ClipState, got {type(state).__name__}.")
-        groups, leaves = gather(updates, grouping, mesh_axes)
+        groups, leaves = gather(updates, self.grouping, self.mesh_axes)
         known = _Known(None, None, state.metrics.steps)
-        if learns:
-            own = unpacked(groups, blank(), state.threshold)
+        if self.learns:
+            own = unpacked(groups, self.blank, state.threshold)
             known = known._replace(states=own)
-        if threshold.needs_params:
-            own = sizes_of_params(groups, updates, params, measure, grouping, mesh_axes)
+        if self.threshold.needs_params:
+            parts = self.measure, self.grouping, self.mesh_axes
+            own = sizes_of_params(groups, updates, params, *parts)
             known = known._replace(params=own)
 
-        rough = summed_sizes(groups, leaves, measure)
-        blocks = by_block(groups, rough)
-        limits = limits_of(groups, blocks, known)
-        sizes, blocks, limits = refine(groups, leaves, rough, blocks, limits, known)
-        if limit_of is not None:
-            targets = list(map(target_of, sizes, by_group(groups, limits)))
+        sizes = summed_sizes(groups, leaves, self.measure)
+        blocks = by_block(groups, sizes)
+        limits = self.limits(groups, blocks, known)
+        rough = sizes, blocks, limits
+        sizes, blocks, limits = self.refined(groups, leaves, rough, known)
+        if self.threshold.limit is not None:
+            targets = list(map(self.target_of, sizes, by_group(groups, limits)))
             updates = rescaled(groups, updates, leaves, sizes, targets)
         numbers = metrics.after(state.metrics, blocks, limits)
         learned = state.threshold
-        if learns:
-            learned = repacked(learned, next_states(groups, blocks, limits, known))
+        if self.learns:
+            learned = repacked(learned, self.learned(groups, blocks, limits, known))
         return updates, ClipState(learned, numbers)
 
+    def zeros(self, groups: Groups, leaves: Arrays) -> Arrays:
+        """A zero for every group, by block; made from sizes it has their sharding."""
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+        if abstract or not leaves or not self.learns:
+            return [jnp.zeros(shape, groups.dtype) for shape in groups.block_shapes()]
+        sizes = by_block(groups, summed_sizes(groups, leaves, self.measure))
+        return [jnp.zeros_like(size) for size in sizes]
+
     def observations(
-        groups: Groups, blocks: Arrays, known: _Known
+        self, groups: Groups, blocks: Arrays, known: _Known
     ) -> list[Observation]:
         """What the threshold sees of every block."""
         combined = None
-        if threshold.needs_combined:
-            combined = combined_size(groups, measure, blocks)
+        if self.threshold.needs_combined:
+            combined = combined_size(groups, self.measure, blocks)
         params = known.params or [None] * len(blocks)
         # An infinite size in a branch that is not chosen would still have an infinite
         # derivative, and zero times that is NaN.
@@ -199,80 +262,67 @@ def clip_by(
             for size, own in zip(finite, params, strict=True)
         ]
 
-    def limits_of(groups: Groups, blocks: Arrays, known: _Known) -> Arrays:
+    def limits(self, groups: Groups, blocks: Arrays, known: _Known) -> Arrays:
         """The limit of every block: a scalar, or a number for each of its groups."""
-        if limit_of is None:
+        if self.threshold.limit is None:
             return [jnp.asarray(jnp.inf, groups.dtype) for _ in blocks]
         states = known.states or [()] * len(blocks)
-        limits = map(limit_of, states, observations(groups, blocks, known))
+        seen = self.observations(groups, blocks, known)
+        limits = list(map(self.threshold.limit, states, seen))
+        for limit, size in zip(limits, blocks, strict=True):
+            if limit is None or jnp.shape(limit) not in ((), size.shape):
+                checks.limits(size.shape, threshold=limit)
         return [jnp.asarray(limit, groups.dtype) for limit in limits]
 
-    def refine(
+    def refined(
+        self, groups: Groups, leaves: Arrays, rough: _Measured, known: _Known
+    ) -> _Measured:
+        """The same numbers, of a second pass where plain sums left their range."""
+        sizes, blocks, limits = rough
+        reliable = limits
+        if self.threshold.limit is None or (groups.joint and blocks[0].shape == (1,)):
+            # Metrics show this size, however far below its limit it is.
+            reliable = [jnp.zeros((), groups.dtype) for _ in limits]
+        elif self.learns:
+            # An infinite limit has nothing learned yet: what it learns must be right.
+            reliable = [jnp.where(limit < jnp.inf, limit, 0) for limit in limits]
+        doubt = in_doubt(groups, leaves, self.measure, blocks, reliable)
+        if doubt is None:
+            return rough
+        # Limits that learn nothing are sooner found again than kept beside the sizes:
+        # for AGC those would be 1.2 % of bfloat16 gradients in temporary bytes.
+        kept = limits if self.learns else None
+        # One function for each structure of the tree, which JAX compiles once: a new
+        # one at each eager update would be compiled anew.
+        if groups not in self.second_looks:
+            self.second_looks[groups] = functools.partial(self.second_look, groups)
+        again = self.second_looks[groups]
+        sizes, kept = jax.lax.cond(doubt, again, _keep, leaves, sizes, kept, known)
+        blocks = by_block(groups, sizes)
+        return sizes, blocks, kept or self.limits(groups, blocks, known)
+
+    def second_look(
+        self,
         groups: Groups,
         leaves: Arrays,
         rough: Arrays,
-        blocks: Arrays,
-        limits: Arrays,
+        kept: Arrays | None,
         known: _Known,
-    ) -> tuple[Arrays, Arrays, Arrays]:
-        """Sizes by group and by block, and limits, where need be of a second pass."""
-        reliable = limits
-        if limit_of is None or (groups.joint and blocks[0].shape == (1,)):
-            # Metrics show this size, however far below its limit it is.
-            reliable = [jnp.zeros((), groups.dtype) for _ in limits]
-        elif learns:
-            # An infinite limit has nothing learned yet: what it learns must be right.
-            reliable = [jnp.where(limit < jnp.inf, limit, 0) for limit in limits]
-        doubt = in_doubt(groups, leaves, measure, blocks, reliable)
-        if doubt is None:
-            return rough, blocks, limits
-        # Limits that learn nothing are sooner found again than kept beside the sizes:
-        # for AGC those would be 1.2 % of bfloat16 gradients in temporary bytes.
-        kept = limits if learns else None
-        look_again = second_look(groups)
-        sizes, kept = jax.lax.cond(doubt, look_again, _keep, leaves, rough, kept, known)
-        blocks = by_block(groups, sizes)
-        return sizes, blocks, kept or limits_of(groups, blocks, known)
+    ) -> tuple[Arrays, Arrays | None]:
+        """Sizes of a second pass, and their limits if those of the first were kept."""
+        sizes = precise_sizes(groups, leaves, self.measure, rough)
+        if kept is None:
+            return sizes, None
+        return sizes, self.limits(groups, by_block(groups, sizes), known)
 
-    # One function for each structure of the tree, which JAX traces and compiles once: a
-    # new function at each eager update would be compiled anew.
-    @functools.cache
-    def second_look(groups: Groups) -> Callable[..., tuple[Arrays, Arrays | None]]:
-        def look_again(
-            leaves: Arrays, rough: Arrays, kept: Arrays | None, known: _Known
-        ) -> tuple[Arrays, Arrays | None]:
-            sizes = precise_sizes(groups, leaves, measure, rough)
-            if kept is None:
-                return sizes, None
-            return sizes, limits_of(groups, by_block(groups, sizes), known)
-
-        return look_again
-
-    @jax.jit
-    def target_of(size: jax.Array, limit: jax.Array) -> jax.Array:
-        """The size that a group is scaled to."""
-        target = action.target(size, jnp.maximum(limit, 0))
-        return jnp.where(jnp.isfinite(size), target, nonfinite_value)
-
-    def next_states(
-        groups: Groups, blocks: Arrays, limits: Arrays, known: _Known
+    def learned(
+        self, groups: Groups, blocks: Arrays, limits: Arrays, known: _Known
     ) -> list[Any]:
-        """What the threshold learns, group by group: nothing where none is finite."""
+        """The next state of every block, of groups that are finite."""
         assert known.states is not None
-        seen = observations(groups, blocks, known)
-        learned = list(map(threshold.observe, known.states, seen, limits))
-        return list(map(_where_finite, blocks, learned, known.states))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _zeros(groups: Groups, leaves: Arrays, measure: Measure | None) -> Arrays:
-    """A zero for every group; made from sizes it inherits their sharding."""
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    if measure is None or abstract or not leaves:
-        return [jnp.zeros(shape, groups.dtype) for shape in groups.block_shapes()]
-    sizes = by_block(groups, summed_sizes(groups, leaves, measure))
-    return [jnp.zeros_like(size) for size in sizes]
+        seen = self.observations(groups, blocks, known)
+        new = list(map(self.threshold.observe, known.states, seen, limits))
+        return list(map(_where_finite, blocks, new, known.states))
 
 
 def _keep(

@@ -95,8 +95,8 @@ def _like(updates: optax.Updates, params: optax.Params, groups: Groups) -> Tree:
             raise error(
                 f"params must have every leaf of updates, got none at {str(path)!r}."
             )
-        if jnp.shape(found[place]) != jnp.shape(flat[place]):
-            path = paths.spelled(updates)[place]
-            checks.same_shape(path, found[place], flat[place])
+        own, update = jnp.asarray(found[place]), jnp.asarray(flat[place])
+        if own.shape != update.shape:
+            checks.same_shape(paths.spelled(updates)[place], own, update)
         flat[place] = found[place]
     return jax.tree_util.tree_unflatten(treedef, flat)

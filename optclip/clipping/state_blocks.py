@@ -25,8 +25,7 @@ from optclip.clipping.thresholds import Observation, Threshold
 def blank_state(threshold: Threshold) -> Any:
     """The shapes of a threshold's state of a single group."""
     assert threshold.init is not None
-    one = jax.ShapeDtypeStruct((1,), jnp.float32)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    one, step = jnp.zeros((1,), jnp.float32), jnp.zeros((), jnp.int32)
     return jax.eval_shape(threshold.init, Observation(one, step))
 
 

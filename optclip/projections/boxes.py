@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip._core import checks, meshes
+from optclip._core import checks, meshes, paths
 from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards, static_bound
 from optclip._core.types import AxisName, Shapes
@@ -156,7 +156,8 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
         x = param.astype(np.promote_types(param.dtype, np.float32))
         largest = jnp.max(jnp.abs(x))
         largest = meshes.remembering(largest, jnp.sum(jnp.square(x)))
-        axes = meshes.axes_of(meshes.bound(axis_name))("")
+        given = axis_name if meshes.bound(axis_name) else ()
+        axes = meshes.axes_of(given)(paths.Leaf("", param))
         axes = meshes.varying_axes(param) if axes is None else axes
         if axes:
             largest = meshes.largest_across(largest, axes)

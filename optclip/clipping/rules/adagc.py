@@ -2,9 +2,9 @@
 
     ‖g_i‖ ← min(‖g_i‖, relative · γ_i),   γ_i ← decay·γ_i + (1 - decay)·‖g_i‖ clipped
 
-One number a group. Because γ learns from clipped sizes it follows a lasting rise slowly:
-it grows by at most decay + (1 - decay)·relative a step, 1.001 by default, so a tenfold
-rise takes 2300 steps.
+One number a group. Because γ learns from clipped sizes it follows a lasting rise
+slowly: it grows by at most decay + (1 - decay)·relative a step, 1.001 by default, so a
+tenfold rise takes 2300 steps.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def ema_multiple(
         average = jnp.where(starting(state), smallest, running)
         return AverageState(
             jnp.where(x == 0, state.average, average),
-            optax.safe_increment(state.sizes_seen),
+            jnp.asarray(optax.safe_increment(state.sizes_seen)),
         )
 
     return Threshold(limit, init, observe, needs_combined=True)

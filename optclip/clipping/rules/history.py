@@ -17,7 +17,7 @@ from optclip.clipping.thresholds import Observation
 
 
 class History(Protocol):
-    """A state of `sizes`, (window, *block), and `sizes_seen`, int32 of the block's shape.
+    """A state of `sizes`, (window, *block), and of `sizes_seen`, int32 of the block.
 
     `sizes_seen` wraps from three times the window to twice.
     """
