@@ -5,6 +5,8 @@
 | `rescale()` | min(size, limit) (default) |
 | `rescale(div_eps)` | size · min(1, limit / (size + div_eps)), PyTorch's |
 | `smooth()` | size / (1 + size / limit) |
+
+`Action` makes one of your own.
 """
 
 from optclip.clipping.actions import Action, rescale, smooth

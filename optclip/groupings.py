@@ -8,6 +8,8 @@
 | `per_example()` | one index of the leading axis, across leaves |
 | `per_unit(axes)` | one output unit of one parameter: a column of a Dense kernel |
 | `per_element()` | one number |
+
+`Grouping` is what they make.
 """
 
 from optclip._core.groupings import (

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optclip
+from tests.untyped import untyped
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -30,7 +31,7 @@ def example(section: str) -> Any:
 
 
 def test_a_rule():
-    tx = optax.chain(example("A rule").mean_clip(2.0), optax.sgd(1.0))
+    tx = untyped(optax.chain(example("A rule").mean_clip(2.0), optax.sgd(1.0)))
     params = {"w": jnp.zeros(1)}
     state, norms = tx.init(params), []
     for size in (1.0, 3.0, 100.0, jnp.nan, 1.0):
@@ -44,11 +45,11 @@ def test_a_rule():
 
 
 def test_a_set():
-    stay = optclip.project(example("A set").grid(0.25))
+    stay = untyped(optclip.project(example("A set").grid(0.25)))
     params = jnp.array([0.5, -1.0, 0.25])
     updates = jnp.array([0.1, 0.3, 7.9])
     updates, _ = stay.update(updates, stay.init(params), params)
-    assert optax.apply_updates(params, updates).tolist() == [0.5, -0.75, 8.25]
+    assert untyped(optax.apply_updates(params, updates)).tolist() == [0.5, -0.75, 8.25]
     with pytest.raises(ValueError, match=r"^grid: step must be positive, got -1\.0"):
         example("A set").grid(-1.0)
 
@@ -57,7 +58,9 @@ def test_a_preset():
     model = {"params": {"Dense_0": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}}}
     fixup = example("A preset").fixup(4)
     rules = {"Dense_0/kernel": "residual_out"}
-    drawn = optclip.initializers.redraw(model, fixup, jax.random.key(0), rules=rules)
+    drawn = untyped(
+        optclip.initializers.redraw(model, fixup, jax.random.key(0), rules=rules)
+    )
     assert not jnp.any(drawn["params"]["Dense_0"]["kernel"])
     with pytest.raises(ValueError, match=r"^fixup: num_layers must be"):
         example("A preset").fixup(0)

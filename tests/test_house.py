@@ -376,3 +376,28 @@ def test_any_is_said_where_any_type_is_meant():
             if isinstance(node, ast.arg):
                 found += names_any(node.annotation)
     assert found <= 60
+
+
+def complexity(function: ast.AST) -> int:
+    """McCabe's, of a function without those within it, which ruff's C901 adds to it."""
+    branches = ast.If | ast.For | ast.While | ast.ExceptHandler | ast.match_case
+    total, waiting = 1, list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            total += isinstance(node, branches)
+            waiting += ast.iter_child_nodes(node)
+    return total
+
+
+@pytest.mark.parametrize("module", list(sources()))
+def test_functions_are_simple(module: str):
+    for node in ast.walk(ast.parse(sources()[module])):
+        if isinstance(node, ast.FunctionDef):
+            assert complexity(node) <= 12, node.name
+
+
+def test_complexity_counts_branches():
+    source = "def f(x):\n  if x:\n    for y in x: pass\n  def g():\n    if x: pass\n"
+    (function,) = ast.parse(source).body
+    assert complexity(function) == 3

@@ -107,6 +107,9 @@ def lp(p: float) -> Measure:
     Args:
       p: a real number >= 1; `math.inf` is allowed.
 
+    Returns:
+      The measure.
+
     Raises:
       ValueError: if p is not a number, is NaN or is below 1.
 

@@ -82,3 +82,8 @@ __all__ = [
     "sparse", "torch_default", "truncated_normal", "uniform", "vit", "xavier_normal",
     "xavier_uniform", "zero_last", "zeros",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """What completion offers: no files."""
+    return __all__

@@ -10,6 +10,8 @@ kernel), `layout` says what its axes are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -29,7 +31,7 @@ def layer(
     *,
     fan_in: int | None = None,
     layout: str | None = None,
-) -> dict[str, Initializer]:
+) -> dict[str, Any]:
     """A layer's initializers, as the keywords that Linen and NNX share.
 
     Args:

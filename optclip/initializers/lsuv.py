@@ -38,7 +38,7 @@ def lsuv(
     key: jax.Array | None = None,
     tolerance: float = 0.1,
     max_iterations: int = 10,
-) -> Tree | None:
+) -> Tree:
     """Layer-sequential unit variance: scales each kernel on a real batch.
 
         W_l ← W_l / std(y_l)   until |Var(y_l) - 1| < tolerance,  l in order of calls

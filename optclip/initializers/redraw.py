@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Mapping
 
 import jax
 from jax.core import Tracer
 
-from optclip import initializers
 from optclip._core import checks, paths
 from optclip._core.public import error, public
 from optclip._core.types import Stacked, Tree
@@ -37,7 +37,7 @@ def redraw(
     rules: Rules | None = None,
     layouts: Mapping[str, str] | None = None,
     stacked: Stacked = None,
-) -> Tree | None:
+) -> Tree:
     """Draws every parameter of a finished model anew, each by its role.
 
         W[path] ~ preset[role(path)],  with the key  fold_in(key, hash(path))
@@ -104,8 +104,9 @@ def redraw(
 
 def _for_kernels(init: Initializer) -> Preset:
     """A preset that draws kernels with a JAX initializer."""
-    names = initializers.__all__
-    if not callable(init) or init in [getattr(initializers, name) for name in names]:
+    package = sys.modules["optclip.initializers"]  # an import would be a cycle
+    names = package.__all__
+    if not callable(init) or init in [getattr(package, name) for name in names]:
         name = getattr(init, "__name__", init)
         near = checks.nearest(name, names) if isinstance(name, str) else "'he_normal'"
         raise error(

@@ -32,14 +32,14 @@ class Adopted(NamedTuple):
       unused: paths, in the old state, of the leaves that fit nowhere.
     """
 
-    state: optax.OptState
+    state: Tree
     kept: tuple[str, ...]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
 
 
 @public
-def adopt_state(new_state: optax.OptState, old_state: Tree) -> Adopted:
+def adopt_state(new_state: Tree, old_state: Tree) -> Adopted:
     """Moves an optimizer state into the structure of another chain.
 
     For a run whose checkpoint was written without the clip, or with Optax's stateless

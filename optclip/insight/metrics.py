@@ -11,11 +11,11 @@ from collections import Counter
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
-import optax
 
 from optclip._core import paths
 from optclip._core.metrics import ClipMetrics, SkipMetrics
 from optclip._core.public import error, public
+from optclip._core.types import Tree
 
 KeyPath = tuple[Any, ...]
 
@@ -30,7 +30,7 @@ class _Number(NamedTuple):
 
 @public
 def metrics(
-    opt_state: optax.OptState, separator: str = "/", *, short: bool = False
+    opt_state: Tree, separator: str = "/", *, short: bool = False
 ) -> dict[str, jax.Array]:
     """The metrics of every clip in an optimizer state, ready for a logger.
 
@@ -90,7 +90,7 @@ def metrics(
     }
 
 
-def _numbers(opt_state: optax.OptState) -> list[_Number]:
+def _numbers(opt_state: Tree) -> list[_Number]:
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_metrics)
     return [
         # `nnx.Optimizer` wraps every leaf in a Variable: a tree with one leaf.

@@ -185,4 +185,4 @@ def test_zero_last():
 def test_presets_are_joined():
     joined = he_normal() | zero_last()
     assert isinstance(joined, Preset) and repr(joined) == "he_normal() | zero_last()"
-    assert not joined["policy_head"](KEY, (3, 3)).any()
+    assert not joined["policy_head"](KEY, (3, 3), jnp.float32).any()

@@ -17,6 +17,7 @@ from optclip.initializers import (
     zeros,
 )
 from optclip.initializers.signal_report import mean_and_std
+from tests.untyped import untyped
 
 from .models import LAYERS, TEXT, NnxTransformer, Transformer
 
@@ -101,7 +102,7 @@ def test_the_table_and_the_picture(params, tmp_path):
     lines = str(report).splitlines()
     assert lines[1].split() == ["layer", *["mean", "std", "dead"] * 2]
     assert lines[2].startswith("first") and lines[2].endswith("6%")
-    figure = report.plot()
+    figure = untyped(report.plot())
     assert isinstance(figure, Figure)
     figure.savefig(tmp_path / "signal.png")
     labels = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
@@ -187,8 +188,9 @@ def test_gradients_whose_square_underflows_are_reported():
     params = redraw(jax.eval_shape(Deep().init, KEY, batch), normal(0.02), KEY)
     first = signal_report(Deep(), params, batch, jnp.sum).rows[0].backward
     # By hand, in float64.
-    kernels = [np.float64(params["params"][f"Dense_{i}"]["kernel"]) for i in range(30)]
-    outputs, x = [], np.float64(batch)
+    layers = [params["params"][f"Dense_{i}"]["kernel"] for i in range(30)]
+    kernels = [np.asarray(kernel, np.float64) for kernel in layers]
+    outputs, x = [], np.asarray(batch, np.float64)
     for kernel in kernels:
         outputs.append(x := np.tanh(x @ kernel))
     gradient = 1 - outputs[-1] ** 2
@@ -240,7 +242,7 @@ def test_a_layer_that_is_called_often_is_averaged():
     # Five steps of an input gate are one product.
     kernel = module.init(KEY, batch)["params"]["cell"]["in"]["kernel"]
     row = report.rows[names.index("cell/in")]
-    std = jnp.std(batch @ kernel)
+    std = jnp.std(batch @ untyped(kernel))
     assert row.forward.std == pytest.approx(float(std), rel=1e-3)
 
 

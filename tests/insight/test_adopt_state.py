@@ -12,6 +12,7 @@ from flax import nnx
 
 import optclip
 from optclip import adopt_state
+from tests.untyped import untyped
 
 PARAMS = {"b": jnp.ones(2), "w": jnp.arange(1.0, 4.0)}
 METRICS = optclip.ClipMetrics._fields
@@ -40,7 +41,7 @@ def trained(tx, params=PARAMS, steps=2):
     for step in range(steps):
         grads = jax.tree.map(lambda x, s=step: (s + 1) * x, params)
         _, state = tx.update(grads, state, params)
-    return state
+    return untyped(state)
 
 
 def metrics_at(*prefix):
@@ -185,11 +186,11 @@ def test_names_decide_before_the_order():
 
 
 def test_the_longer_of_two_names_decides_first():
-    inner = optax.named_chain(("k", clip()))
-    tx = optax.named_chain(("g", inner), ("k", clip()))
+    inner = untyped(optax.named_chain(("k", clip())))
+    tx = untyped(optax.named_chain(("g", inner), ("k", clip())))
     old = trained(tx, steps=1)
     old["k"] = trained(clip(), steps=3)
-    adopted = adopt_state(tx.init(PARAMS), old)
+    adopted = untyped(adopt_state(tx.init(PARAMS), old))
     assert adopted.kept == ("g/k", "k")
     chex.assert_trees_all_equal(adopted.state, old)
 
@@ -210,7 +211,7 @@ def plain(node, with_none=False):
 def test_dicts_and_lists_fit_too(with_none):
     new, old = chained(clip()), chained(optax.clip_by_global_norm(1.0))
     state = trained(old)
-    adopted = adopt_state(new.init(PARAMS), plain(state, with_none))
+    adopted = untyped(adopt_state(new.init(PARAMS), plain(state, with_none)))
     assert (adopted.kept, adopted.fresh) == (("1/0",), metrics_at("0"))
     assert adopted.unused == ()
     chex.assert_trees_all_equal(adopted.state[1], state[1])
@@ -221,7 +222,7 @@ def test_an_orbax_checkpoint_without_its_target(tmp_path):
     state = trained(old)
     restored = saved_and_restored(state, tmp_path)
     assert isinstance(restored, (list, dict))
-    adopted = adopt_state(new.init(PARAMS), restored)
+    adopted = untyped(adopt_state(new.init(PARAMS), restored))
     assert (adopted.kept, adopted.fresh) == (("1/0",), metrics_at("0"))
     chex.assert_trees_all_equal(adopted.state[1], state[1])
 
@@ -324,12 +325,14 @@ def test_a_learned_threshold_is_kept_where_its_groups_are_the_same():
         return watching(learned, optclip.groupings.per_leaf())
 
     old = trained(optax.chain(by_leaf(), adam()))
-    adopted = adopt_state(optax.chain(adam(), by_leaf()).init(PARAMS), old)
+    adopted = untyped(
+        adopt_state(untyped(optax.chain(adam(), by_leaf())).init(PARAMS), old)
+    )
     assert set(adopted.kept) == {"0/0", "1"}
     chex.assert_trees_all_equal(adopted.state, old[::-1])
 
-    whole = optax.chain(watching(learned), adam())
-    adopted = adopt_state(whole.init(PARAMS), old)
+    whole = untyped(optax.chain(watching(learned), adam()))
+    adopted = untyped(adopt_state(whole.init(PARAMS), old))
     assert adopted.kept == ("1/0",)
     assert adopted.fresh == ("0/threshold/largest", *metrics_at("0"))
     assert adopted.unused == ("0/threshold/largest", *metrics_at("0"))
@@ -355,8 +358,8 @@ def test_what_one_threshold_learned_never_fits_another():
     old = trained(rule(LargestState))
     assert adopt_state(rule(LargestState).init(PARAMS), old).kept == ("0", "1/0")
     for other in (SmallestState, named("center")):
-        fresh = rule(other).init(PARAMS)
-        adopted = adopt_state(fresh, old)
+        fresh = untyped(rule(other).init(PARAMS))
+        adopted = untyped(adopt_state(fresh, old))
         assert adopted.kept == ("1/0",)
         chex.assert_trees_all_equal(adopted.state[0], fresh[0])
     # A restored dict tells by its names only.
@@ -382,8 +385,8 @@ def test_no_rule_goes_on_with_what_another_learned(old, restored):
     state = trained(optax.chain(RULES[old](), adam()), params, steps=3)
     state = plain(state) if restored else state
     for name, rule in RULES.items():
-        fresh = optax.chain(rule(), adam()).init(params)
-        adopted = adopt_state(fresh, state)
+        fresh = untyped(optax.chain(rule(), adam())).init(params)
+        adopted = untyped(adopt_state(fresh, state))
         assert adopted.kept == (("0", "1/0") if name == old else ("1/0",)), name
         if name != old:
             chex.assert_trees_all_equal(adopted.state[0], fresh[0])
@@ -398,8 +401,8 @@ def test_a_history_of_another_length_starts_fresh_with_its_counts(grouping):
         return optclip.clip_by(parts, grouping=getattr(optclip.groupings, grouping)())
 
     old = trained(optax.chain(rule(4), adam()), steps=6)
-    fresh = optax.chain(rule(8), adam()).init(PARAMS)
-    adopted = adopt_state(fresh, old)
+    fresh = untyped(optax.chain(rule(8), adam())).init(PARAMS)
+    adopted = untyped(adopt_state(fresh, old))
     assert adopted.kept == ("1/0",)
     chex.assert_trees_all_equal(adopted.state[0], fresh[0])
 
@@ -410,8 +413,8 @@ WIDER = {"b": jnp.ones(5), "w": PARAMS["w"]}
 def test_moments_and_their_count_are_taken_together_or_not_at_all():
     """With one moment fresh, the count alone would make its first step 3.15 times."""
     schedule = optax.scale_by_schedule(lambda count: 1.0)
-    new = optax.chain(clip(), adam(), schedule).init(WIDER)
-    adopted = adopt_state(new, trained(optax.chain(adam(), schedule)))
+    new = untyped(optax.chain(clip(), adam(), schedule)).init(WIDER)
+    adopted = untyped(adopt_state(new, trained(optax.chain(adam(), schedule))))
     assert adopted.kept == ("2",)
     chex.assert_trees_all_equal(adopted.state[:2], new[:2])
     assert adopted.unused == tuple(
@@ -427,7 +430,7 @@ def test_what_multi_steps_gathered_belongs_together():
     old = optax.MultiSteps(adam(), every).gradient_transformation()
     state = trained(old, WIDER, steps=4)
     state = state._replace(inner_opt_state=trained(adam()))
-    adopted = adopt_state(new.init(PARAMS), state)
+    adopted = untyped(adopt_state(new.init(PARAMS), state))
     assert adopted.kept == ("inner_opt_state/1/0",)
     assert {"mini_step", "gradient_step", "acc_grads/w"} <= set(adopted.fresh)
 
@@ -450,7 +453,9 @@ def test_parameters_in_a_named_tuple(restored):
     """They are part of a moment, whole or not; a field named value is no box."""
     params = {"attn": Attention(jnp.ones(2), jnp.ones(3)), "value": jnp.ones(1)}
     old = trained(adam(), params)
-    adopted = adopt_state(chained(clip()).init(params), plain(old) if restored else old)
+    adopted = untyped(
+        adopt_state(chained(clip()).init(params), plain(old) if restored else old)
+    )
     assert (adopted.kept, adopted.fresh) == (("1/0",), metrics_at("0"))
     chex.assert_trees_all_equal(adopted.state[1][0], old[0])
     longer = {**params, "attn": Attention(jnp.ones(2), jnp.ones(4))}

@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 import optclip
 from optclip import groupings, measures, metrics, thresholds
 from optclip.thresholds import Threshold
+from tests.untyped import untyped
 
 FIELDS = (
     "size", "limit", "clipped_fraction", "steps", "clipped_steps", "nonfinite_steps",
@@ -38,7 +39,7 @@ def clip(limit, grouping=None, **options):
 def test_the_fields_are_those_documented():
     assert optclip.ClipMetrics._fields == FIELDS
     assert not set(FIELDS) & {"count", "mu", "nu", "trace", "inner_state"}
-    _, state = clip(1.0).update(GRADS, None)
+    _, state = untyped(clip(1.0)).update(GRADS, None)
     dtypes = {name: value.dtype.name for name, value in metrics(state).items()}
     assert list(dtypes) == list(FIELDS)
     assert set(list(dtypes.values())[:3]) == {"float32"}
@@ -88,7 +89,7 @@ def test_size_limit_and_fraction(grouping, updates, limit, size, fraction):
 
 def test_per_element_reports_counters_only():
     """What it never has is None in the state, and no key for a logger."""
-    tx = clip(5.0, groupings.per_element())
+    tx = untyped(clip(5.0, groupings.per_element()))
     numbers = seen(tx, GRADS, jax.tree.map(lambda x: 0.1 * x, GRADS))
     assert numbers == {"steps": 2, "clipped_steps": 1, "nonfinite_steps": 0}
     state = tx.init(GRADS).metrics
@@ -261,7 +262,7 @@ def test_a_size_that_float32_cannot_hold_counts_as_not_finite():
 
 
 def test_counters_count_and_stop_at_the_largest_integer():
-    tx = clip(5.0)
+    tx = untyped(clip(5.0))
     small = jax.tree.map(lambda x: 0.1 * x, GRADS)
     numbers = seen(tx, GRADS, small, GRADS, small, small)
     assert [numbers[name] for name in FIELDS[3:]] == [5, 2, 0]
@@ -427,7 +428,7 @@ def test_short_names_of_skip_step():
 
 
 def test_in_a_linen_train_state():
-    tx = optax.chain(one(), optax.sgd(0.1))
+    tx = untyped(optax.chain(one(), optax.sgd(0.1)))
     state = TrainState.create(apply_fn=None, params=GRADS, tx=tx)
     state = state.apply_gradients(grads=GRADS)
     assert metrics(state.opt_state)["0/size"] == pytest.approx(104**0.5)
@@ -475,7 +476,7 @@ def test_empty_where_there_is_no_clip(nothing):
 
 
 def test_a_vmapped_state_gives_a_number_for_each():
-    tx = optclip.clip_by_global_norm(5.0)
+    tx = untyped(optclip.clip_by_global_norm(5.0))
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.1 * x]), GRADS)
     _, state = jax.vmap(lambda u: tx.update(u, None))(stacked)
     np.testing.assert_array_equal(metrics(state)["clipped_steps"], [1, 0])

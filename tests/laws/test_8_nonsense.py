@@ -358,7 +358,7 @@ FACTORIES = {
     ),
     "project-tree": (
         lambda: optclip.project({"a": sets.nonnegative(), "b": 1.0}),
-        "project: constraint must be a Set of optclip or a tree of them, got 1.0 at 'b'.",
+        "project: constraint must be a Set of optclip or a tree of them, got 1.0 at",
     ),
     "project-every": (
         lambda: optclip.project(sets.nonnegative(), every=0),

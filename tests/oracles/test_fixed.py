@@ -188,20 +188,24 @@ def test_per_example_against_oracle(uniform):
     tree = drawn(trees.BATCHED, 0, 0)
     tree["a/bias"][2, 0] = np.inf
     limit = 0.8
-    total, clipped = optclip.per_example_global_norm_clip(tree, limit)
-    expected, sizes = fixed.clip(tree, limit, grouping="example", nonfinite="zero")
+    total, clipped = untyped(optclip.per_example_global_norm_clip(tree, limit))
+    expected, sizes = untyped(
+        fixed.clip(tree, limit, grouping="example", nonfinite="zero")
+    )
     for path in tree:  # a sum of four can cancel
         np.testing.assert_allclose(
             total[path], expected[path].sum(axis=0), rtol=2e-6, atol=1e-6 * limit
         )
     assert int(clipped) == sum(not size <= limit for size in sizes)
 
-    total, clipped = optclip.per_example_layer_norm_clip(tree, limit, uniform)
+    total, clipped = untyped(optclip.per_example_layer_norm_clip(tree, limit, uniform))
     dims = {path: x[0].size for path, x in tree.items()}
     for path, x in tree.items():
         share = 1 / 3 if uniform else dims[path] / sum(dims.values())
         own = limit * share**0.5
-        alone, sizes = fixed.clip({path: x}, own, grouping="example", nonfinite="zero")
+        alone, sizes = untyped(
+            fixed.clip({path: x}, own, grouping="example", nonfinite="zero")
+        )
         np.testing.assert_allclose(
             total[path], alone[path].sum(axis=0), rtol=2e-6, atol=1e-6 * limit
         )

@@ -8,6 +8,7 @@ import pytest
 
 import optclip
 from optclip import sets
+from tests.untyped import untyped
 
 X = np.array([-3.0, 0.25, 3.0], np.float32)
 TWOS = [
@@ -47,11 +48,11 @@ def test_a_bound_of_any_type_is_that_number(two):
         np.testing.assert_array_equal(
             optclip.project_params(X, constraint), [-2, 0.25, 2]
         )
-    ball = optclip.project_params(X, sets.l2_ball(two))
+    ball = untyped(optclip.project_params(X, sets.l2_ball(two)))
     np.testing.assert_array_equal(ball, optclip.project_params(X, sets.l2_ball(2.0)))
-    grown = optclip.project(sets.init_box(two)).init(X)
+    grown = untyped(optclip.project(sets.init_box(two))).init(X)
     assert grown.memory == 3
-    clipped = optclip.clip_weights(two, where=optclip.everything)
+    clipped = untyped(optclip.clip_weights(two, where=optclip.everything))
     updates, _ = clipped.update(np.zeros_like(X), clipped.init(X), X)
     np.testing.assert_array_equal(X + updates, [-2, 0.25, 2])
 
@@ -123,7 +124,7 @@ def test_init_box_of_abstract_leaves():
     abstract = jax.eval_shape(lambda: tree)
     both = sets.intersection(sets.init_box(2.0), sets.init_box(3.0))
     for constraint in (sets.init_box(2.0), both):
-        tx = optclip.project(constraint)
+        tx = untyped(optclip.project(constraint))
         state, known = tx.init(abstract), tx.init(tree)
         assert state.memory.shape == known.memory.shape
         assert np.all(np.isnan(state.memory)) and not np.any(np.isnan(known.memory))

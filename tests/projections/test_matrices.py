@@ -134,3 +134,13 @@ def test_the_derivative_beside_a_matrix_that_is_not_finite():
         return jnp.sum(found["kernel"][1] ** 2)
 
     assert np.all(np.isfinite(jax.grad(loss)(params)["kernel"]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("side", [1, 2, 8, 32])
+def test_half_precision_leaves_room_for_its_rounding(side, dtype):
+    """Rounding the elements moves the largest singular value as well."""
+    for seed in range(5):
+        matrix = normal((side, side), seed).astype(dtype) * 2
+        largest = singular_values(project(matrix, sets.spectral_ball(1.0)))[0]
+        assert largest <= 1

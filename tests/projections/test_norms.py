@@ -10,6 +10,7 @@ import pytest
 
 import optclip
 from optclip import groupings, sets
+from tests.untyped import untyped
 
 SIZES = [1e-37, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 3e38]
 EPS = 2.0**-23
@@ -22,7 +23,7 @@ def exact(x):
 @functools.cache
 def both_ways(constraint):
     """Projected as they are, and as the sum of a parameter and an update."""
-    tx = optclip.project(constraint)
+    tx = untyped(optclip.project(constraint))
 
     @jax.jit
     def stepped(x):
@@ -119,3 +120,11 @@ def test_a_step_from_huge_parameters():
         updates, _ = tx.update(jnp.full((4, 4), 1e24), tx.init(params), params)
         params = optax.apply_updates(params, updates)
     assert 0 < np.sqrt(np.sum(np.square(np.asarray(params, np.float64)))) <= 1
+
+
+def test_a_range_without_width_is_hit_and_not_passed():
+    """There is no room for margins within it: the norm comes as near as float32 can."""
+    kernel = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    onto = optclip.project_params({"kernel": kernel}, sets.norm_range(1.0, 1.0))
+    norms = np.linalg.norm(np.asarray(onto["kernel"], np.float64), axis=0)
+    assert np.max(np.abs(norms - 1)) <= 1.5 * 2.0**-23

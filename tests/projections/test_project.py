@@ -13,6 +13,7 @@ import optclip
 from optclip import sets
 from tests.laws.table import PROJECTIONS
 from tests.projections.steps import after, moved
+from tests.untyped import untyped
 
 
 def model():
@@ -52,8 +53,10 @@ def test_a_tree_of_sets():
 
 def test_masked_none_and_frozen_leaves_do_not_move():
     params = {"a": jnp.full(2, 5.0), "b": jnp.full(2, 5.0), "none": None}
-    tx = optax.masked(
-        optclip.project(sets.linf_ball(1.0)), {"a": True, "b": False, "none": None}
+    tx = untyped(
+        optax.masked(
+            optclip.project(sets.linf_ball(1.0)), {"a": True, "b": False, "none": None}
+        )
     )
     updates, _ = tx.update(
         jax.tree.map(jnp.zeros_like, params), tx.init(params), params
@@ -64,7 +67,7 @@ def test_masked_none_and_frozen_leaves_do_not_move():
         "frozen": optax.set_to_zero(),
     }
     split = getattr(optax, "partition", None) or optax.multi_transform
-    tx = split(parts, {"a": "free", "b": "frozen", "none": "free"})
+    tx = untyped(split)(parts, {"a": "free", "b": "frozen", "none": "free"})
     updates, _ = tx.update(
         jax.tree.map(jnp.zeros_like, params), tx.init(params), params
     )
@@ -90,26 +93,28 @@ def test_every_counts_real_steps_under_multi_steps():
 def test_order_matters():
     """Last it lands; before the optimizer it does not."""
     params, grads = jnp.array([0.9]), jnp.array([-5.0])
-    box = optclip.project(sets.linf_ball(1.0))
+    box = untyped(optclip.project(sets.linf_ball(1.0)))
     for tx, lands in (
         (optax.chain(optax.sgd(1.0), box), True),
         (optax.chain(box, optax.sgd(1.0)), False),
     ):
         updates, _ = tx.update(grads, tx.init(params), params)
-        assert (optax.apply_updates(params, updates) <= 1).all() == lands
+        assert (untyped(optax.apply_updates(params, updates)) <= 1).all() == lands
 
 
 def test_init_box_is_kept_in_the_state():
     params = {"kernel": jnp.array([[0.5, -2.0]]), "bias": jnp.zeros(2)}
-    tx = optclip.project(sets.init_box(1.5))
+    tx = untyped(optclip.project(sets.init_box(1.5)))
     state = tx.init(params)
     assert state.memory.tolist() == [np.inf, 2.0]
     up = jax.tree.map(lambda x: jnp.full(x.shape, 100.0), params)
     for _ in range(2):  # from the start, not from where the parameter has gone
         updates, state = tx.update(up, state, params)
-        params = optax.apply_updates(params, updates)
+        params = untyped(optax.apply_updates(params, updates))
     assert np.all(params["kernel"] == 3.0) and np.all(params["bias"] == 200.0)
-    both = optclip.project(sets.intersection(sets.init_box(1.0), sets.init_box(2.0)))
+    both = untyped(
+        optclip.project(sets.intersection(sets.init_box(1.0), sets.init_box(2.0)))
+    )
     assert both.init(params).memory.shape == (4,)
 
 
@@ -124,9 +129,9 @@ def test_frozen_dicts_and_linen_variables():
 
 
 def test_nnx_module_in_place_and_state():
-    module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    module = untyped(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     state = jax.tree.map(lambda x: x + 10, nnx.state(module, nnx.Param))
-    bounded = optclip.project_params(state, sets.linf_ball(1.0), "kernel$")
+    bounded = untyped(optclip.project_params(state, sets.linf_ball(1.0), "kernel$"))
     assert jax.tree.structure(bounded) == jax.tree.structure(state)
     nnx.update(module, state)
     assert optclip.project_params(module, sets.linf_ball(1.0), "kernel$") is module
@@ -152,8 +157,8 @@ def test_a_tuple_of_sets_is_a_tree_of_sets():
         optclip.project_params(params, constraint),
         after(optclip.project(constraint), params),
     ):
-        np.testing.assert_array_equal(found[0], [0, 1])
-        np.testing.assert_array_equal(found[1], [-1, 0])
+        np.testing.assert_array_equal(untyped(found)[0], [0, 1])
+        np.testing.assert_array_equal(untyped(found)[1], [-1, 0])
 
 
 def test_a_leaf_without_a_set_says_how_to_leave_it_out():
@@ -214,7 +219,7 @@ def test_abstract_leaves_are_enough_for_init():
 
 LOWERED = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: LOWERED.append(name) if "to_mlir" in name else None
+    untyped(lambda name, *_, **__: LOWERED.append(name) if "to_mlir" in name else None)
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import optclip
+from tests.untyped import untyped
 
 X = 3 * np.random.default_rng(0).standard_normal((2, 5, 8)).astype("f")
 CAUSAL = np.tril(np.ones((1, 1, 5, 5), bool))
@@ -35,7 +36,7 @@ def clipped(params, recorded, tau):
     zeros = jax.tree.map(jnp.zeros_like, params)
     update = jax.jit(tx.update)
     updates, _ = update(zeros, tx.init(params), params, max_logits=recorded)
-    return optax.apply_updates(params, updates)
+    return untyped(optax.apply_updates(params, updates))
 
 
 @pytest.mark.parametrize("mask", [None, CAUSAL], ids=["all", "causal"])
@@ -50,12 +51,13 @@ def test_linen(mask):
             )
             return layer(x, mask=mask, sow_weights=True)
 
-    params = Model().init(jax.random.key(0), X)["params"]
-    _, seen = Model().apply({"params": params}, X, mutable=["intermediates"])
-    plain = nn.MultiHeadDotProductAttention(4).apply(
+    model = untyped(Model)()
+    params = model.init(jax.random.key(0), X)["params"]
+    _, seen = model.apply({"params": params}, X, mutable=["intermediates"])
+    plain = untyped(nn.MultiHeadDotProductAttention(4)).apply(
         {"params": params["mha"]}, X, mask=mask
     )
-    np.testing.assert_allclose(Model().apply({"params": params}, X), plain, rtol=1e-6)
+    np.testing.assert_allclose(model.apply({"params": params}, X), plain, rtol=1e-6)
     before = logits(params["mha"], mask)
     largest = seen["intermediates"]["mha"]["max_logits"]
     np.testing.assert_allclose(largest, before, rtol=1e-4)
@@ -92,7 +94,7 @@ def test_nnx(key_heads):
     @nnx.jit
     def step(layer, optimizer):
         if hasattr(nnx, "capture"):
-            captured = nnx.capture(nnx.Intermediate)(loss)
+            captured = untyped(nnx.capture(nnx.Intermediate)(loss))
             grads, recorded = nnx.grad(captured, has_aux=True)(layer)
         else:
             grads = nnx.grad(loss)(layer)
@@ -108,7 +110,7 @@ def test_nnx(key_heads):
     (recorded,) = jax.tree.leaves(step(layer, optimizer))
     np.testing.assert_allclose(recorded, before, rtol=1e-4)
     np.testing.assert_allclose(by_hand(), np.minimum(before, 5), rtol=1e-4)
-    layer(X)  # without sow_weights nothing is recorded
+    layer(jnp.asarray(X))  # without sow_weights nothing is recorded
     assert not jax.tree.leaves(nnx.pop(layer, nnx.Intermediate))
 
 
@@ -145,7 +147,7 @@ def test_logits_that_are_not_finite_change_nothing():
 def test_a_sharp_attention_stays_below_tau():
     """Many steps that push logits up; clipped, they stay at tau."""
     params = {"mha": {**plain()["mha"]}}
-    tx = optax.chain(optax.sgd(0.5), optclip.qk_clip(50.0))
+    tx = untyped(optax.chain(optax.sgd(0.5), optclip.qk_clip(50.0)))
     state = tx.init(params)
     up = jax.tree.map(lambda x: -jnp.ones_like(x), params)
     x = np.ones((1, 1, 3), "f")
@@ -158,7 +160,7 @@ def test_a_sharp_attention_stays_below_tau():
     for _ in range(20):
         seen = {"mha": largest(params["mha"])}
         updates, state = tx.update(up, state, params, max_logits=seen)
-        params = optax.apply_updates(params, updates)
+        params = untyped(optax.apply_updates(params, updates))
     assert np.all(largest(params["mha"]) < 100)
 
 

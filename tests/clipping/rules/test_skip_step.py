@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import chex
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 import optclip
 from optclip import thresholds
 from tests.laws.trees import on_mesh
+from tests.untyped import untyped
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 DIRECTION = {"w": jnp.array([0.6, 0.0]), "b": jnp.array([0.8])}  # of norm 1
@@ -47,7 +49,7 @@ def bits(tree):
 def adam(max_consecutive=10):
     """Around Adam with a schedule, and its jitted update."""
     inner = optax.adam(optax.linear_schedule(1e-2, 0.0, 50))
-    tx = optclip.skip_step(inner, 10.0, max_consecutive=max_consecutive)
+    tx = untyped(optclip.skip_step(inner, 10.0, max_consecutive=max_consecutive))
     return tx, jax.jit(tx.update)
 
 
@@ -150,7 +152,7 @@ def test_inner_state_that_a_product_would_spoil():
 
 def test_a_size_at_the_limit_is_within_it():
     sizes = [1.0, np.nextafter(np.float32(1.0), np.float32(2.0)), 0.0, 0.99]
-    tx = optclip.skip_step(optax.identity(), 1.0)
+    tx = untyped(optclip.skip_step(optax.identity(), 1.0))
     updates = [{"w": jnp.array([s], jnp.float32)} for s in sizes]
     state = tx.init(updates[0])
     for u in updates:
@@ -203,9 +205,11 @@ def test_another_measure():
 
 
 def test_a_traced_limit_and_hyperparameters():
-    tx = optax.inject_hyperparams(
-        lambda threshold: optclip.skip_step(optax.sgd(1.0), threshold)
-    )(threshold=1.0)
+    tx = untyped(
+        optax.inject_hyperparams(
+            lambda threshold: optclip.skip_step(optax.sgd(1.0), threshold)
+        )(threshold=1.0)
+    )
     with jax.numpy_dtype_promotion("standard"):  # which Optax's counters need
         state = tx.init(PARAMS)
         update = jax.jit(tx.update)
@@ -217,8 +221,9 @@ def test_a_traced_limit_and_hyperparameters():
 # The loss.
 
 
-def watching(limit=2.0, **options):
-    return optclip.skip_step(optax.sgd(1.0), 10.0, value_threshold=limit, **options)
+def watching(limit: Any = 2.0, **options: Any) -> Any:
+    tx = optclip.skip_step(optax.sgd(1.0), 10.0, value_threshold=limit, **options)
+    return untyped(tx)
 
 
 @pytest.mark.parametrize(
@@ -309,14 +314,14 @@ def test_no_limit_drops_only_what_is_not_finite():
 
 def test_the_inner_optimizer_gets_the_extra_arguments():
     """Such as the loss that a line search reads."""
-    inner = optax.GradientTransformationExtraArgs(
+    inner = untyped(optax.GradientTransformationExtraArgs)(
         lambda params: (),
         lambda updates, state, params=None, *, value, **_: (
             jax.tree.map(lambda u: u * value, updates),
             state,
         ),
     )
-    tx = optclip.skip_step(inner, 10.0)
+    tx = untyped(optclip.skip_step(inner, 10.0))
     out, _ = tx.update(gradients(1.0), tx.init(PARAMS), PARAMS, value=3.0)
     chex.assert_trees_all_close(out, gradients(3.0), rtol=1e-6)
 
@@ -406,7 +411,7 @@ def test_half_precision(shape, dtype):
     """Parameters in bfloat16: Adam's moments take the gradients' dtype as they come."""
     params, grads = jnp.ones(shape, jnp.bfloat16), jnp.ones(shape, dtype)
     inner = optax.scale_by_adam()
-    tx = optclip.skip_step(inner, 10.0)
+    tx = untyped(optclip.skip_step(inner, 10.0))
     updates, state = tx.update(grads, tx.init(params), params)
     expected, alone = inner.update(grads, inner.init(params), params)
     chex.assert_trees_all_equal((updates, state.inner_state), (expected, alone))
@@ -420,8 +425,10 @@ def test_an_inner_state_of_python_numbers():
     def update(updates, state, params=None):
         return updates, {"count": state["count"] + 1, "on": not state["on"]}
 
-    holder = optax.GradientTransformation(lambda _: {"count": 0, "on": True}, update)
-    tx = optclip.skip_step(holder, 10.0)
+    holder = untyped(optax.GradientTransformation)(
+        lambda _: {"count": 0, "on": True}, update
+    )
+    tx = untyped(optclip.skip_step(holder, 10.0))
     _, state = tx.update(jnp.ones(()), tx.init(jnp.ones(())))
     assert (state.inner_state["count"], state.inner_state["on"]) == (1, False)
     _, state = tx.update(jnp.full((), jnp.nan), state)
@@ -497,9 +504,8 @@ needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs a mesh"
 @pytest.mark.parametrize("bad", [None, "spike", "nan", "value"])
 def test_shards_decide_together(bad):
     """Inside `shard_map`, about the whole norm, wherever the spike or the NaN is."""
-    spec, tx = PartitionSpec("data"), optclip.skip_step(
-        optax.adam(0.1), 10.0, value_threshold=2.0
-    )  # fmt: skip
+    spec = PartitionSpec("data")
+    tx = untyped(optclip.skip_step(optax.adam(0.1), 10.0, value_threshold=2.0))
     grads = {"sharded": np.ones(16, np.float32), "replicated": np.ones(3, np.float32)}
     if bad == "spike":
         grads["sharded"][5] = 50.0
@@ -542,7 +548,7 @@ def test_under_jit_on_a_mesh(kind):
     types = (getattr(jax.sharding.AxisType, kind),)
     with on_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
         params = {"w": jax.device_put(jnp.ones(16), PartitionSpec("data"))}
-        tx = optclip.skip_step(optax.adam(0.1), 10.0)
+        tx = untyped(optclip.skip_step(optax.adam(0.1), 10.0))
         state = tx.init(params)
         before = jax.tree.map(lambda x: x.sharding.spec, state.inner_state[0].mu)
         update = jax.jit(tx.update)

@@ -8,6 +8,7 @@ import pytest
 
 import optclip
 from optclip._core import numerics
+from tests.untyped import untyped
 
 X = np.array([-3.0, 0.25, 3.0], np.float32)
 TWO = [
@@ -90,7 +91,7 @@ def test_a_thousand_in_float8():
 @pytest.mark.parametrize("bound", [*TWO, *HUGE], ids=name)
 def test_traced_and_static_bounds_agree(bound):
     def run(x, bound):
-        return optclip.clip_by_value(bound).update(x, None)[0]
+        return untyped(optclip.clip_by_value(bound)).update(x, None)[0]
 
     if isinstance(bound, int) and bound > np.iinfo(np.int32).max:
         pytest.skip("JAX refuses to trace it")
@@ -131,8 +132,8 @@ def test_subnormal_numbers_within_the_bounds_keep_their_bits(dtype, length, both
 
             @jax.jit
             def run(x, bound):
-                one = optclip.clip_by_value(max_value=bound)
-                two = optclip.clip_by_value(bound)
+                one = untyped(optclip.clip_by_value(max_value=bound))
+                two = untyped(optclip.clip_by_value(bound))
                 return (two if both else one).update(x, None)[0]
 
             out = run(x, np.float32(0.957))
@@ -158,5 +159,5 @@ def test_an_integer_larger_than_any_float(sign):
 
 def test_a_complex_element_by_its_modulus():
     x = jnp.asarray([3 + 4j, 0.1j, -6 - 8j], jnp.complex64)
-    out, _ = optclip.clip_by_value(np.uint8(5)).update(x, None)
+    out, _ = untyped(optclip.clip_by_value(np.uint8(5))).update(x, None)
     np.testing.assert_allclose(out, [3 + 4j, 0.1j, -3 - 4j], rtol=1e-6)
