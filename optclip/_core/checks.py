@@ -10,6 +10,7 @@ them would wait for the device at every step); so do the schedules of `limit_lik
 import difflib
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -153,11 +154,20 @@ def _number(wanted: str, holds: Callable[[Any], bool], **named: Any) -> None:
             continue
         # bool is a number to Python, and `max_norm=True` is never what was meant.
         numeric = isinstance(value, (numbers.Real, np.ndarray, np.generic))
-        numeric = numeric and np.asarray(value).dtype.kind in "iuf"
-        if not numeric:
+        if not numeric or not _is_real(value):
             raise _wrong(name, wanted, repr(value))
+        if isinstance(value, int) and abs(int(value)) > sys.float_info.max:
+            digits = f"an integer of {len(str(abs(int(value))))} digits"
+            raise _wrong(name, "a number that a float can hold", digits)
         if not all(map(holds, np.ravel(np.asarray(value)).tolist())):
             raise _wrong(name, wanted, str(value))
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, int):  # NumPy would make an object of a huge one
+        return not isinstance(value, bool)
+    dtype = np.asarray(value).dtype
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def _wrong(name: str, wanted: str, got: str) -> ValueError:

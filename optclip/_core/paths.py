@@ -81,7 +81,7 @@ def unique_names(tree: Tree, separator: str = "/") -> list[str]:
     ["['a']['b']", "['a/b']", 'c/d']
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    plain = [path.replace("/", separator) for path in spelled(tree)]
+    plain = [separator.join(_without_collection(p.place)) for p in spelled(tree)]
     count = Counter(plain)
     return [
         path if count[path] == 1 else jax.tree_util.keystr(keys)

@@ -124,8 +124,8 @@ class Part:
         if self._call is None:
             return f"{type(self).__name__}(…)"
         function, args, kwargs = self._call
-        shown = [repr(value) for value in args]
-        shown += [f"{name}={value!r}" for name, value in kwargs.items()]
+        shown = list(map(_shown, args))
+        shown += [f"{name}={_shown(value)}" for name, value in kwargs.items()]
         return f"{function.__name__}({', '.join(shown)})"
 
     def __eq__(self, other: object) -> bool:
@@ -144,6 +144,12 @@ class Part:
         if self._constant is not None:
             return self._constant
         return super().__reduce__() if self._call is None else (_remade, self._call)
+
+
+def _shown(argument: object) -> str:
+    """An argument as in a call; a function by its name, without its address."""
+    name = getattr(argument, "__name__", None)
+    return name if callable(argument) and isinstance(name, str) else repr(argument)
 
 
 def _remade(

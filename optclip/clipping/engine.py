@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip._core import checks, meshes, metrics
@@ -216,7 +217,7 @@ class _Clip:
         if self.learns:
             own = unpacked(groups, self.blank, state.threshold)
             known = known._replace(states=own)
-        if self.threshold.needs_params:
+        if self.threshold.needs_params and groups.groups:
             parts = self.measure, self.grouping, self.mesh_axes
             own = sizes_of_params(groups, updates, params, *parts)
             known = known._replace(params=own)
@@ -272,7 +273,8 @@ class _Clip:
         for limit, size in zip(limits, blocks, strict=True):
             if limit is None or jnp.shape(limit) not in ((), size.shape):
                 checks.limits(size.shape, threshold=limit)
-        return [jnp.asarray(limit, groups.dtype) for limit in limits]
+        with np.errstate(over="ignore"):  # a limit that no float32 holds is infinite
+            return [jnp.asarray(limit, groups.dtype) for limit in limits]
 
     def refined(
         self, groups: Groups, leaves: Arrays, rough: _Measured, known: _Known

@@ -239,6 +239,13 @@ FACTORIES = {
         lambda: optclip.clip_by_value(max_value="1"),
         "clip_by_value: max_value must be a number and not NaN, got '1'.",
     ),
+    "value-integer": (
+        lambda: optclip.clip_by_value(10**400),
+        (
+            "clip_by_value: max_delta must be a number that a float can hold, got an "
+            "integer of 401 digits."
+        ),
+    ),
     "value-array": (
         lambda: optclip.clip_by_value(max_value=np.ones(2)),
         "clip_by_value: max_value must be a scalar, got an array of shape (2,).",

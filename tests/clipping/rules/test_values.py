@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,10 +14,10 @@ X = np.array([-3.0, 0.25, 3.0], np.float32)
 TWO = [
     2, 2.0, np.uint8(2), np.int8(2), np.uint64(2), np.float16(2), np.float64(2),
     np.array(2, np.uint32), jnp.uint8(2), jnp.int32(2), jnp.bfloat16(2),
-    jnp.float8_e4m3fn(2),
+    jnp.float8_e4m3fn(2), ml_dtypes.bfloat16(2),
 ]  # fmt: skip
 HUGE = [
-    np.int64(10**12), 10**12, np.uint64(2**64 - 1), np.float64(1e300),
+    np.int64(10**12), 10**12, 10**40, np.uint64(2**64 - 1), np.float64(1e300),
     jnp.int32(2**31 - 1), float("inf"),
 ]  # fmt: skip
 HALF_AND_LESS = [
