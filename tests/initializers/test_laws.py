@@ -248,6 +248,12 @@ def test_identity_hands_inputs_on():
     )
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5])
+def test_dirac_has_its_ones_where_pytorch_has_them(window):
+    kernel = dirac()(jax.random.key(0), (window, 2, 2))
+    assert np.argwhere(kernel).tolist() == [[window // 2, 0, 0], [window // 2, 1, 1]]
+
+
 def test_dirac_hands_on_each_group():
     kernel = {"c/kernel": jnp.ones((3, 2, 4)), "c/bias": jnp.ones(4)}
     kernel = redraw(kernel, dirac(), jax.random.key(0), layouts={"c/": "wio/2"})
@@ -299,6 +305,8 @@ def test_sparse_at_its_ends():
     assert sparse(0.0)(key, (8, 4)).all()
     # 0.9 · 10 is 9.000000000000002 in floating point, and nine it is.
     assert ((sparse(0.9)(key, (10, 4)) == 0).sum(0) == 9).all()
+    # 0.07 times 100 is 7.000000000000001.
+    assert ((sparse(0.07)(key, (100, 4)) == 0).sum(0) == 7).all()
 
 
 def test_zeros():

@@ -285,6 +285,17 @@ def test_lsuv_gives_each_layer_unit_variance(key, params):
             np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("start", "moves"), [(1.08, False), (0.92, False), (1.15, True)]
+)
+def test_lsuv_leaves_what_is_within_its_tolerance(start, moves):
+    module, x = nn.Dense(8, use_bias=False), jax.random.normal(KEY, (64, 8))
+    kernel = jnp.eye(8) * jnp.sqrt(start / jnp.var(x))
+    params = {"params": {"kernel": kernel}}
+    new = lsuv(module, x, params, tolerance=0.1)["params"]["kernel"]
+    assert bool(jnp.any(new != kernel)) == moves
+
+
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_lsuv_scales_each_layer_of_a_scanned_stack(api):
     if api == "linen":

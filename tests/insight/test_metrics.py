@@ -480,3 +480,15 @@ def test_a_vmapped_state_gives_a_number_for_each():
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.1 * x]), GRADS)
     _, state = jax.vmap(lambda u: tx.update(u, None))(stacked)
     np.testing.assert_array_equal(metrics(state)["clipped_steps"], [1, 0])
+
+
+@pytest.mark.parametrize("leaf", ["a", "b"])
+def test_a_limit_of_nan_is_the_furthest_over(leaf):
+    """It spoils its leaf, so that is what a dashboard must show."""
+    limits = {"a": 1e-3, "b": 1e-3, leaf: lambda step: jnp.float32(jnp.nan)}
+    tx = untyped(
+        optclip.clip_by(thresholds.per_path(limits), grouping=groupings.per_leaf())
+    )
+    _, state = tx.update(GRADS, tx.init(GRADS))
+    assert np.isnan(state.metrics.limit)
+    assert state.metrics.size == {"a": 10, "b": 2}[leaf]
