@@ -46,6 +46,11 @@ def at_least(low: int, **named: Any) -> None:
     """Raises unless each value is an integer >= low."""
     for name, value in named.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if isinstance(value, jax.Array):  # as a traced hyperparameter
+            raise error(
+                f"{name} must be a Python integer, got an array; under "
+                f"optax.inject_hyperparams say static_args=(\"{name}\",)."
+            )
         if not whole or value < low:
             raise _wrong(name, f"an integer of at least {low}", repr(value))
 
@@ -85,8 +90,8 @@ def limits(shape: tuple[int, ...], **named: Any) -> None:
     for name, value in named.items():
         if value is None or jnp.shape(value) not in ((), shape):
             got = "None" if value is None else f"shape {jnp.shape(value)}"
-            raise _wrong(
-                name, f"one that gives a scalar or an array of shape {shape}", got
+            raise error(
+                f"{name} must give a scalar or an array of shape {shape}, got {got}."
             )
         if not isinstance(value, jax.Array):
             non_negative(**{f"the limit of {name}": value})

@@ -54,6 +54,7 @@ class Grouping(Part):
       named: whether groups have names that limits can refer to: their labels, or the
         paths of their leaves where labels are numbers.
       keeps_state: whether a group means the same at every step.
+      integers: whether integer leaves may pass, which are not measured.
     """
 
     axes: AxesOf | None
@@ -61,6 +62,7 @@ class Grouping(Part):
     sums: bool | None = True
     named: bool = False
     keeps_state: bool = True
+    integers: bool = True
 
     @property
     def elementwise(self) -> bool:
@@ -172,7 +174,7 @@ def per_example() -> Grouping:
             )
         return tuple(range(1, len(shape)))
 
-    return Grouping(axes, lambda leaf: "", sums=False, keeps_state=False)
+    return Grouping(axes, lambda leaf: "", False, keeps_state=False, integers=False)
 
 
 @public

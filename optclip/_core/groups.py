@@ -108,6 +108,8 @@ def gather(
         for number, value in enumerate(jax.tree_util.tree_leaves(tree))
         if numerics.is_measured(value)
     ]
+    if not grouping.integers:
+        _refuse_integers(tree)
     shapes: Shapes = {}
     if grouping.axes is not None:
         shapes = {leaf.path: leaf.value.shape for leaf in leaves}
@@ -152,6 +154,17 @@ def _as_array(leaf: Any) -> jax.Array:
     """The leaf as an array; an abstract one, at `init`, stays what it is."""
     kept: Any = leaf
     return kept if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def _refuse_integers(tree: Tree) -> None:
+    """Raises where leaves would escape a bound that privacy depends on."""
+    for path, leaf in paths.leaves(tree):
+        dtype = jnp.result_type(leaf) if isinstance(leaf, int) else leaf.dtype
+        if jnp.issubdtype(dtype, jnp.integer) or dtype == bool:
+            raise error(
+                f"leaves must be floating-point under per_example, got {dtype} at "
+                f"{str(path)!r}."
+            )
 
 
 def _named(

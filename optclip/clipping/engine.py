@@ -180,7 +180,9 @@ class _Clip:
     def init(self, params: optax.Params) -> Tree:
         # `init` often runs outside the shard_map whose axes are named.
         here = self.mesh_axes if meshes.bound(self.axis_name) else meshes.axes_of(())
-        groups, leaves = gather(params, self.grouping, here)
+        # Parameters have no examples; nothing of a group of them would be kept.
+        grouping = self.grouping if self.grouping.keeps_state else whole()
+        groups, leaves = gather(params, grouping, here)
         zeros = self.zeros(groups, leaves)
         step = jnp.zeros((), jnp.int32)
         states: list[Any] | None = None
@@ -188,9 +190,7 @@ class _Clip:
             fresh = [Observation(x, step, groups.names) for x in zeros]
             states = list(map(self.threshold.init, fresh))
         if self.grouping.keeps_state and groups.groups:  # a bad limit is reported here
-            limits = self.limits(groups, zeros, _Known(states, zeros, step))
-            for limit, zero in zip(limits, zeros, strict=True):
-                checks.limits(zero.shape, threshold=limit)
+            self.limits(groups, zeros, _Known(states, zeros, step))
         limited, elementwise = (
             self.threshold.limit is not None,
             self.grouping.elementwise,
@@ -271,7 +271,9 @@ class _Clip:
         seen = self.observations(groups, blocks, known)
         limits = list(map(self.threshold.limit, states, seen))
         for limit, size in zip(limits, blocks, strict=True):
-            if limit is None or jnp.shape(limit) not in ((), size.shape):
+            static = isinstance(limit, (int, float, np.ndarray, np.generic))
+            wrong = limit is None or jnp.shape(limit) not in ((), size.shape)
+            if wrong or (static and not np.all(np.asarray(limit) >= 0)):
                 checks.limits(size.shape, threshold=limit)
         with np.errstate(over="ignore"):  # a limit that no float32 holds is infinite
             return [jnp.asarray(limit, groups.dtype) for limit in limits]

@@ -99,8 +99,7 @@ def constant(limit: ArrayLike) -> Threshold[tuple[()]]:
     checks.limit_like(limit=limit)
     if callable(limit):
         raise error(f"limit must be a number, got {limit!r}; use scheduled(schedule).")
-    number = as_float(limit)
-    return Threshold(lambda state, observation: number)
+    return _fixed(limit)
 
 
 @public
@@ -126,7 +125,9 @@ def scheduled(schedule: optax.Schedule) -> Threshold[tuple[()]]:
     """
     if not callable(schedule):
         raise error(f"schedule must be callable, got {schedule!r}.")
-    return Threshold(lambda state, observation: at_step(schedule, observation.step))
+    return Threshold(
+        lambda state, observation: jnp.asarray(at_step(schedule, observation.step))
+    )
 
 
 @public
@@ -262,9 +263,11 @@ def as_threshold(**named: Limit | Threshold) -> Threshold:
     if isinstance(value, Threshold):
         return value
     checks.limit_like(**{name: value})
-    if callable(value):
-        return scheduled(value)
-    number = as_float(value)
+    return scheduled(value) if callable(value) else _fixed(value)
+
+
+def _fixed(limit: ArrayLike) -> Threshold[tuple[()]]:
+    number = as_float(limit)
     return Threshold(lambda state, observation: number)
 
 

@@ -31,7 +31,7 @@ KEY = jax.random.key(0)
 
 
 def leaves(tree):
-    return {path: np.asarray(value) for path, value in _paths.leaves(tree)}
+    return {str(path): np.asarray(value) for path, value in _paths.leaves(tree)}
 
 
 @pytest.fixture(scope="module")

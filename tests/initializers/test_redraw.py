@@ -50,7 +50,7 @@ KEY = jax.random.key(3)
 
 
 def leaves(tree):
-    return {path: value for path, value in _paths.leaves(tree)}
+    return {str(path): value for path, value in _paths.leaves(tree)}
 
 
 class Linen(nn.Module):
