@@ -21,22 +21,22 @@ import numpy as np
 from optclip._core.public import error
 
 
-def non_negative(**named: Any) -> None:
+def non_negative(**named: object) -> None:
     """Raises unless each value is a real number >= 0; infinity is allowed."""
     _number("non-negative", lambda value: value >= 0, **named)
 
 
-def positive(**named: Any) -> None:
+def positive(**named: object) -> None:
     """Raises unless each value is a real number > 0."""
     _number("positive", lambda value: value > 0, **named)
 
 
-def fraction(**named: Any) -> None:
+def fraction(**named: object) -> None:
     """Raises unless each value is a real number in [0, 1), as decays are."""
     _number("in [0, 1)", lambda value: 0 <= value < 1, **named)
 
 
-def between(low: float, high: float, **named: Any) -> None:
+def between(low: float, high: float, **named: object) -> None:
     """Raises unless each value is a real number in [low, high]."""
     wanted = f"in [{low}, {high}]"
     _number(wanted, lambda value: low <= value <= high, **named)
@@ -49,18 +49,18 @@ def at_least(low: int, **named: Any) -> None:
         if isinstance(value, jax.Array):  # as a traced hyperparameter
             raise error(
                 f"{name} must be a Python integer, got an array; under "
-                f"optax.inject_hyperparams say static_args=(\"{name}\",)."
+                f'optax.inject_hyperparams say static_args=("{name}",).'
             )
         if not whole or value < low:
             raise _wrong(name, f"an integer of at least {low}", repr(value))
 
 
-def real(**named: Any) -> None:
+def real(**named: object) -> None:
     """Raises unless each value is a real number and not NaN."""
     _number("a number and not NaN", lambda value: not math.isnan(value), **named)
 
 
-def limit_like(**named: Any) -> None:
+def limit_like(**named: object) -> None:
     """Raises unless each value is a non-negative scalar or a schedule."""
     for name, value in named.items():
         if callable(value):
@@ -97,7 +97,7 @@ def limits(shape: tuple[int, ...], **named: Any) -> None:
             non_negative(**{f"the limit of {name}": value})
 
 
-def axes(**named: Any) -> None:
+def axes(**named: object) -> None:
     """Raises unless each value is None, an integer or a tuple of integers."""
     for name, value in named.items():
         several = value if isinstance(value, (tuple, list)) else (value,)
@@ -117,7 +117,7 @@ def same_shape(path: str, params: Any, updates: Any) -> None:
         )
 
 
-def choice(options: tuple[str, ...], **named: Any) -> None:
+def choice(options: tuple[str, ...], **named: object) -> None:
     """Raises unless each value is one of the options."""
     for name, value in named.items():
         if value not in options:
@@ -125,7 +125,7 @@ def choice(options: tuple[str, ...], **named: Any) -> None:
             raise _wrong(name, listed, repr(value))
 
 
-def known(options: Iterable[str], **named: Any) -> None:
+def known(options: Iterable[str], **named: object) -> None:
     """Raises unless each value is one of many names; the message has the nearest."""
     options = list(options)
     for name, value in named.items():
@@ -134,14 +134,14 @@ def known(options: Iterable[str], **named: Any) -> None:
             raise _wrong(name, wanted, repr(value))
 
 
-def nearest(word: Any, options: Iterable[str]) -> str:
+def nearest(word: object, options: Iterable[str]) -> str:
     """The names most like a word, quoted; all of them if none is."""
     options = list(options)
     near = difflib.get_close_matches(str(word), options, n=3, cutoff=0.5)
     return ", ".join(repr(option) for option in near or options)
 
 
-def instance(kind: type, **named: Any) -> None:
+def instance(kind: type, **named: object) -> None:
     """Raises unless each value is of the kind, say a Measure."""
     for name, value in named.items():
         if not isinstance(value, kind):
@@ -149,7 +149,7 @@ def instance(kind: type, **named: Any) -> None:
             raise _wrong(name, listed, repr(value))
 
 
-def _number(wanted: str, holds: Callable[[Any], bool], **named: Any) -> None:
+def _number(wanted: str, holds: Callable[[Any], bool], **named: object) -> None:
     for name, value in named.items():
         if isinstance(value, jax.Array):
             if not jnp.issubdtype(value.dtype, jnp.floating) and not jnp.issubdtype(

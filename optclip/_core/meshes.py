@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from optclip._core import paths
 from optclip._core.public import error
-from optclip._core.types import AxisName
+from optclip._core.types import Arrays, AxisName
 
 
 class HasPath(Protocol):
@@ -105,7 +105,9 @@ def largest_across(x: jax.Array, axes: MeshAxes) -> jax.Array:
 
 
 @largest_across.defjvp
-def _largest_across_jvp(axes: MeshAxes, primals: Any, tangents: Any) -> Any:
+def _largest_across_jvp(
+    axes: MeshAxes, primals: Arrays, tangents: Arrays
+) -> tuple[jax.Array, jax.Array]:
     # JAX has no derivative of pmax. Devices that share the maximum share its tangent.
     (x,), (d_x,) = primals, tangents
     top = largest_across(x, axes)

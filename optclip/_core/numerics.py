@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from optclip._core.types import Arrays
+
 
 def is_measured(leaf: Any) -> bool:
     """Whether a leaf has a magnitude: real or complex, and not empty.
@@ -32,7 +34,7 @@ def is_measured(leaf: Any) -> bool:
     )
 
 
-def wide_dtype(*dtypes: Any) -> np.dtype:
+def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
     """The real dtype, float32 or wider, in which these are measured."""
     wide = np.dtype(np.float32)
     for dtype in dtypes:
@@ -72,12 +74,12 @@ def _as_float(number: ArrayLike) -> ArrayLike:
     return number
 
 
-def widen(x: jax.Array, wide: Any) -> jax.Array:
+def widen(x: jax.Array, wide: DTypeLike) -> jax.Array:
     """Casts to at least `wide`; a complex array stays complex."""
     return x.astype(np.promote_types(x.dtype, wide))
 
 
-def for_measuring(x: jax.Array, wide: Any) -> jax.Array:
+def for_measuring(x: jax.Array, wide: DTypeLike) -> jax.Array:
     """The widened copy of a leaf that only its size is computed from.
 
     XLA:CPU writes to memory what a sum shares with another kernel: the widened copy
@@ -106,7 +108,7 @@ class Range(NamedTuple):
 
 
 def _range_of(dtype: type) -> Range:
-    # Up is less far than down, because a tangent of 1 beside a tiny number goes with it.
+    # Up is less far than down: a tangent of 1 beside a tiny number goes with it.
     info = np.finfo(dtype)
     up, down = int(info.maxexp) * 9 // 16, int(info.maxexp) * 5 // 8
     return Range(2.0 ** (int(info.minexp) // 2), 2.0**up, 2.0**-down)
@@ -139,7 +141,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 
 
 @safe_sqrt.defjvp
-def _safe_sqrt_jvp(primals: Any, tangents: Any) -> Any:
+def _safe_sqrt_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Array]:
     root = safe_sqrt(*primals)
     zero = root == 0
     half = 0.5 / jnp.where(zero, 1, root)
@@ -171,7 +173,7 @@ def _factor(size: jax.Array, target: jax.Array) -> jax.Array:
 
 
 @_factor.defjvp
-def _factor_jvp(primals: Any, tangents: Any) -> Any:
+def _factor_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Array]:
     # d(target/size) = (dtarget - ratio·dsize) / size. Written out because
     # differentiating the quotient squares the size, which leaves float32's range.
     size, target = primals
@@ -201,7 +203,7 @@ def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @quotient.defjvp
-def _quotient_jvp(primals: Any, tangents: Any) -> Any:
+def _quotient_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Array]:
     (x, y), (d_x, d_y) = primals, tangents
     ratio = quotient(x, y)
     return ratio, (d_x - ratio * d_y) / y
@@ -238,7 +240,7 @@ def scale_by(x: jax.Array, ratio: jax.Array) -> jax.Array:
     return choose(ratio == 0, jnp.zeros_like(x), choose(ratio == 1, x, scaled))
 
 
-def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+def narrow(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """A cast to a leaf's dtype; from float32 to bfloat16 by integers, bit for bit.
 
     XLA:CPU does not repeat a rounding: updates that two kernels of an optimizer read
@@ -261,7 +263,7 @@ def _bfloat16(x: jax.Array) -> jax.Array:
 
 
 @_bfloat16.defjvp
-def _bfloat16_jvp(primals: Any, tangents: Any) -> Any:
+def _bfloat16_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Array]:
     return _bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
@@ -283,7 +285,7 @@ def _chosen_bits(which: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @_chosen_bits.defjvp
-def _chosen_bits_jvp(primals: Any, tangents: Any) -> Any:
+def _chosen_bits_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Array]:
     # Bits have no derivative; a choice between the tangents is that of the numbers.
     which, x, y = primals
     _, d_x, d_y = tangents

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
+import jax
 import optax
 from jax.typing import ArrayLike
 
@@ -24,3 +25,5 @@ Axes: TypeAlias = int | tuple[int, ...]
 Where: TypeAlias = str | re.Pattern[str] | Callable[[str, Any], bool] | Tree
 # The axes that count independent layers: how many, or a pattern for leaves with one.
 Stacked: TypeAlias = bool | int | str | None
+# The values, or the tangents, that a rule of `jax.custom_jvp` is given.
+Arrays: TypeAlias = tuple[jax.Array, ...]

@@ -55,3 +55,11 @@ def test_the_square_root_is_flat_at_zero():
     np.testing.assert_array_equal(_numerics.safe_sqrt(x), jnp.sqrt(x))
     slope = jax.vmap(jax.grad(_numerics.safe_sqrt))(x)
     np.testing.assert_array_equal(slope, [0.0, 0.25, 0.0])
+
+
+def test_a_factor_below_the_range_of_ratios_has_no_slope():
+    """It comes in other units, in which the derivative of a quotient means nothing."""
+    size, target = jnp.float32(1e3), jnp.float32(1e-30)
+    assert _numerics.factor(size, target) < 0
+    slopes = jax.grad(_numerics.factor, argnums=(0, 1))(size, target)
+    assert slopes == (0, 0)

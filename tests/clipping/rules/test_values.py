@@ -161,3 +161,12 @@ def test_a_complex_element_by_its_modulus():
     x = jnp.asarray([3 + 4j, 0.1j, -6 - 8j], jnp.complex64)
     out, _ = untyped(optclip.clip_by_value(np.uint8(5))).update(x, None)
     np.testing.assert_allclose(out, [3 + 4j, 0.1j, -3 - 4j], rtol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 3e38])
+def test_a_modulus_beyond_the_range_keeps_its_direction(magnitude):
+    """√2 · 3e38 is no float32, but both parts are."""
+    x = np.asarray([magnitude * (1 - 1j)], np.complex64)
+    bound = np.float32(0.5 * magnitude)
+    out = untyped(optclip.clip_by_value(bound)).update(x, None)[0]
+    np.testing.assert_allclose(out, bound * np.sqrt(0.5) * (1 - 1j), rtol=1e-6)
