@@ -11,8 +11,7 @@ Everything is in units of the ordinary level; medians over the seeds.
 | spike 10, 1000 | what a spike of that height passes at, after 1000 ordinary steps |
 | five | the most that one of five spikes of 1000 in a row passes at |
 | second | what a spike of 1000 passes at on the second step of all |
-| ×1.5 … ×10 | the first step from which a norm at the new level passes at 0.9 of itself, in |
-| | the median of the next 20 steps |
+| ×1.5 … ×10 | the first step from which the new level passes at 0.9, in median of 20 |
 | drift | the least share of a step that passes while the level rises 100-fold in 1000 |
 """
 

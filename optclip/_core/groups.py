@@ -145,7 +145,7 @@ def gather(
         names=None,
         partial=False,
         joint=joint,
-        dtype=numerics.wide_dtype(*[value.dtype for value in values]),
+        dtype=numerics.accumulation_dtype(*[value.dtype for value in values]),
     )
     return _named(known, tree, leaves, members) if grouping.named else known, values
 

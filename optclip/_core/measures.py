@@ -1,10 +1,10 @@
 """How big: the magnitude of one group of elements.
 
-A measure is a monoid. `lift` turns an element into a summand, `combine` joins summands
-(within a leaf, across leaves, across devices), and `lower` turns the total of `count`
-elements into a size:
+A measure is a monoid. `map` turns an element into a summand, `combine` joins summands
+(within a leaf, across leaves, across devices), and `finalize` turns the total of
+`count` elements into a size:
 
-    size = lower(combine(lift(x_1), ..., lift(x_n)), n)
+    size = finalize(combine(map(x_1), ..., map(x_n)), n)
 
 Every size is positively homogeneous, size(c·x) = c·size(x), which is what lets the
 engine measure at another scale where summands would overflow or vanish.
@@ -51,18 +51,18 @@ class Measure(Part):
     """How big a group is; see this module's docstring for the three functions.
 
     Attributes:
-      lift: element (real or complex, float32 or wider) to real summand.
+      map: element (real or complex, float32 or wider) to real summand.
       combine: `SUM` or `MAX`.
-      lower: (total, count) to size; count is a Python number.
+      finalize: (total, count) to size; count is a Python number.
       power: the exponent p of the summands, which decides when they overflow; None if
         summands are as large as the size itself.
       averages: whether the size is a mean, so that in a union every group weighs as
         many elements as it has.
     """
 
-    lift: Callable[[jax.Array], jax.Array]
+    map: Callable[[jax.Array], jax.Array]
     combine: Combine
-    lower: Callable[[jax.Array, float], jax.Array]
+    finalize: Callable[[jax.Array, float], jax.Array]
     power: float | None = None
     averages: bool = False
 
@@ -74,26 +74,26 @@ def _square(x: jax.Array) -> jax.Array:
 
 
 l2 = Measure(
-    lift=_square,
+    map=_square,
     combine=SUM,
-    lower=lambda total, count: numerics.safe_sqrt(total),
+    finalize=lambda total, count: numerics.safe_sqrt(total),
     power=2.0,
 ).as_constant("l2")
 
 rms = Measure(
-    lift=_square,
+    map=_square,
     combine=SUM,
-    lower=lambda total, count: numerics.safe_sqrt(total / max(count, 1)),
+    finalize=lambda total, count: numerics.safe_sqrt(total / max(count, 1)),
     power=2.0,
     averages=True,
 ).as_constant("rms")
 
-l1 = Measure(lift=jnp.abs, combine=SUM, lower=lambda total, count: total).as_constant(
+l1 = Measure(map=jnp.abs, combine=SUM, finalize=lambda total, count: total).as_constant(
     "l1"
 )
 
 max_abs = Measure(
-    lift=jnp.abs, combine=MAX, lower=lambda total, count: total
+    map=jnp.abs, combine=MAX, finalize=lambda total, count: total
 ).as_constant("max_abs")
 
 
@@ -130,7 +130,7 @@ def lp(p: float) -> Measure:
 
     power = float(p)
 
-    def lower(total: jax.Array, count: float) -> jax.Array:
+    def finalize(total: jax.Array, count: float) -> jax.Array:
         zero = total == 0  # where the root's derivative is infinite
         nonzero = jnp.where(zero, 1, total)
         used, inverse = (float(np.asarray(x, total.dtype)) for x in (power, 1 / power))
@@ -140,7 +140,7 @@ def lp(p: float) -> Measure:
         correction = jax.lax.stop_gradient(1 + missing * folds)
         return jnp.where(zero, total, nonzero**inverse * correction)
 
-    return Measure(lambda x: jnp.abs(x) ** power, SUM, lower, power=power)
+    return Measure(lambda x: jnp.abs(x) ** power, SUM, finalize, power=power)
 
 
 def joined(combine: Combine, parts: list[jax.Array]) -> jax.Array:

@@ -34,7 +34,7 @@ def is_measured(leaf: Any) -> bool:
     )
 
 
-def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
+def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:
     """The real dtype, float32 or wider, in which these are measured."""
     wide = np.dtype(np.float32)
     for dtype in dtypes:
@@ -52,7 +52,7 @@ def bound_in(bound: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """
     dtype = np.dtype(dtype)
     if isinstance(bound, jax.Array):
-        wide = wide_dtype(dtype)
+        wide = accumulation_dtype(dtype)
         real = jnp.issubdtype(bound.dtype, jnp.floating)
         value = widen(bound, wide) if real else bound.astype(wide)
     else:

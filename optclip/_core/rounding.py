@@ -78,7 +78,7 @@ def bound_towards(bound: ArrayLike, dtype: DTypeLike, toward: float) -> jax.Arra
     number, which bounds as little.
     """
     if isinstance(bound, jax.Array):
-        wide = numerics.wide_dtype(dtype)
+        wide = numerics.accumulation_dtype(dtype)
         if jnp.issubdtype(bound.dtype, jnp.floating):
             wide = np.promote_types(wide, bound.dtype)
         found = bound.astype(wide)

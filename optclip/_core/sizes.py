@@ -42,7 +42,7 @@ def summed_sizes(
             total = _reduced(
                 leaf,
                 own,
-                measure.lift,
+                measure.map,
                 measure.combine,
                 axes,
                 not groups.joint,
@@ -61,7 +61,7 @@ def summed_sizes(
         _size(
             joined(measure.combine, parts),
             None if scales is None else scales[number],
-            measure.lower,
+            measure.finalize,
             groups.groups[number].count,
         )
         for number, parts in enumerate(of_groups)
@@ -140,7 +140,7 @@ def _keep(leaves: Arrays, rough: Arrays) -> Arrays:
 def _reduced(
     x: jax.Array,
     scale: jax.Array | None,
-    lift: Callable[[jax.Array], jax.Array],
+    summand_of: Callable[[jax.Array], jax.Array],
     combine: Combine,
     axes: tuple[int, ...],
     keepdims: bool,
@@ -153,7 +153,7 @@ def _reduced(
         # Together: a barrier on x alone would let XLA widen and scale it once more.
         x, barred = jax.lax.optimization_barrier((x, scale))
         x = numerics.times(numerics.widen(x, wide), barred)
-    summands = lift(x)
+    summands = summand_of(x)
     if not axes:
         return summands
     total = combine.reduce(summands, axis=axes, keepdims=keepdims)
@@ -166,7 +166,7 @@ def _reduced(
 def _squares_beside(leaf: jax.Array, wide: np.dtype) -> jax.Array:
     """Squares that share no widened copy with any other reduction of the leaf."""
     barred, _ = jax.lax.optimization_barrier((leaf, jnp.zeros((2,))))
-    return l2.lift(numerics.widen(barred, wide))
+    return l2.map(numerics.widen(barred, wide))
 
 
 def _across(
@@ -203,10 +203,10 @@ def _divided(groups: Groups, leaves: Arrays, doubt: jax.Array) -> meshes.MeshAxe
 def _size(
     total: jax.Array,
     scale: jax.Array | None,
-    lower: Callable[[jax.Array, float], jax.Array],
+    finalize: Callable[[jax.Array, float], jax.Array],
     count: int,
 ) -> jax.Array:
-    size = lower(total, count)
+    size = finalize(total, count)
     return size if scale is None else size / scale
 
 

@@ -34,14 +34,14 @@ def combined_size(groups: Groups, measure: Measure, blocks: Arrays) -> jax.Array
     unit = jnp.where(largest > 0, largest, 1)
     counts = [group.count for group in groups.groups]
     summands = [
-        measure.lift(size / unit) * (count if measure.averages else 1)
+        measure.map(size / unit) * (count if measure.averages else 1)
         for size, count in zip(sizes, counts, strict=True)
     ]
     total_count = sum(
         count * size.size * meshes.axis_size(meshes.varying_axes(size))
         for size, count in zip(sizes, counts, strict=True)
     )
-    return measure.lower(_union(measure.combine, summands), total_count) * unit
+    return measure.finalize(_union(measure.combine, summands), total_count) * unit
 
 
 def _union(combine: Combine, parts: Arrays) -> jax.Array:

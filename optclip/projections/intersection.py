@@ -90,7 +90,7 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
             w = b.nearest(y + q, in_b, own_b)
             return w, p, y + q - w
 
-        wide = numerics.widen(x, numerics.wide_dtype(x.dtype))
+        wide = numerics.widen(x, numerics.accumulation_dtype(x.dtype))
         zero = jnp.zeros_like(wide)
         found, _, _ = jax.lax.fori_loop(0, iterations, alternate, (wide, zero, zero))
         # Once more in the leaf's own dtype, in which the bounds may be tighter.

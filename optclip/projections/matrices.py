@@ -113,7 +113,7 @@ def spectral_ball(
         return undo(rounded(capped, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
-        limit = bound_towards(bound, numerics.wide_dtype(x.dtype), 0.0)
+        limit = bound_towards(bound, numerics.accumulation_dtype(x.dtype), 0.0)
         return _largest(x, sides, lambda s: s, 0) <= limit
 
     return Set(_sides_of(stacked), as_it_is, project, contains)
@@ -169,7 +169,7 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
         return undo(rounded(found, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
-        wide = numerics.wide_dtype(x.dtype)
+        wide = numerics.accumulation_dtype(x.dtype)
         side = max(math.prod(x.shape[n] for n in axes) for axes in sides)
         slack = 4 * float(jnp.finfo(x.dtype).eps) + _error(side, wide)
         return _largest(x, sides, lambda s: jnp.abs(s - 1), 0) <= slack
@@ -201,7 +201,7 @@ def _matrices(
     The others are zeros: a decomposition of an infinity does not return.
     """
     w, undo = trailing(x, *sides)
-    w = w.astype(numerics.wide_dtype(x.dtype))
+    w = w.astype(numerics.accumulation_dtype(x.dtype))
     finite = jnp.all(jnp.isfinite(w), axis=(-2, -1), keepdims=True)
     return jnp.where(finite, w, 0), undo, finite
 

@@ -86,7 +86,7 @@ def norm_near(radius: Number, inside: bool = False) -> Callable[[Sum, Extent], N
     """
 
     def measure(total: Sum, extent: Extent) -> Norm:
-        wide = numerics.wide_dtype(*(term.dtype for term in total.terms))
+        wide = numerics.accumulation_dtype(*(term.dtype for term in total.terms))
         return _norm(total, bound_towards(radius, wide, 0.0), extent, inside)
 
     return measure
@@ -133,7 +133,7 @@ def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
 def _parts(total: Sum, *after: jax.Array) -> tuple[jax.Array, ...]:
     """The array as real ones, in float32 or wider."""
     x = total.value(*after)
-    x = numerics.widen(x, numerics.wide_dtype(x.dtype))
+    x = numerics.widen(x, numerics.accumulation_dtype(x.dtype))
     return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 

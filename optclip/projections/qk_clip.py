@@ -248,7 +248,7 @@ def _rescaled(p: jax.Array, u: jax.Array, factor: jax.Array) -> jax.Array:
     u, y = applied(p, u)
     stack, between = factor.shape[:-1], p.ndim - factor.ndim - 1
     factor = factor.reshape(*stack, *(1,) * between, factor.shape[-1], 1)
-    wide = numerics.wide_dtype(p.dtype)
+    wide = numerics.accumulation_dtype(p.dtype)
     moved = y.astype(wide) * factor.astype(wide)
     moved = rounded(moved, p.dtype).astype(p.dtype)
     return steered(p, u, y, jnp.where(factor == 1, y, moved))

@@ -80,7 +80,7 @@ def l1_ball(
         return undo(jnp.where(inside, w, inward)).astype(x.dtype)
 
     def contains(x: jax.Array, extent: Extent, memory: None) -> jax.Array:
-        w = x.astype(numerics.wide_dtype(x.dtype))
+        w = x.astype(numerics.accumulation_dtype(x.dtype))
         total = jnp.sum(jnp.abs(w), extent.axes, keepdims=True)
         return total <= bound_towards(bound, w.dtype, 0.0)
 
@@ -129,7 +129,7 @@ def simplex(
         return undo(rounded(nearest, x.dtype)).astype(x.dtype)
 
     def contains(x: jax.Array, extent: Extent, memory: None) -> jax.Array:
-        w = x.astype(numerics.wide_dtype(x.dtype))
+        w = x.astype(numerics.accumulation_dtype(x.dtype))
         goal = bound_towards(bound, w.dtype, 0.0)
         off = jnp.abs(jnp.sum(w, extent.axes, keepdims=True) - goal)
         least = jnp.min(w, extent.axes, keepdims=True)
@@ -155,7 +155,7 @@ def _rows(
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Each group as a row, in float32 or wider, and what undoes it."""
     w, undo = trailing(x, extent.axes)
-    return w.astype(numerics.wide_dtype(x.dtype)), undo
+    return w.astype(numerics.accumulation_dtype(x.dtype)), undo
 
 
 def _with_sum(w: jax.Array, total: jax.Array) -> jax.Array:

@@ -186,5 +186,5 @@ def _batch_sum(x: Any) -> Any:
     """The sum over examples, accumulated in float32 or wider; nothing of float0."""
     if x.dtype == jax.dtypes.float0:
         return np.zeros(x.shape[1:], jax.dtypes.float0)
-    wide = numerics.wide_dtype(x.dtype)
+    wide = numerics.accumulation_dtype(x.dtype)
     return jnp.sum(numerics.widen(x, wide), axis=0).astype(x.dtype)
