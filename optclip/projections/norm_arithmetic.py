@@ -112,7 +112,7 @@ def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
     ordinary = (squares < high**2) & ((squares >= known) | (squares == 0))
     ordinary &= jnp.isfinite(value)
     one = jnp.ones((), wide)
-    rough = Norm(value, jnp.where(ordinary, one, one))
+    rough = Norm(value, jnp.ones_like(value))
 
     def again() -> Norm:
         largest = functools.reduce(jnp.maximum, map(jnp.abs, _parts(total)))
