@@ -702,6 +702,13 @@ def test_meta_gradients(measure, scale):
     chex.assert_trees_all_close(inside(tree), outside(tree), rtol=1e-5, atol=1e-6)
 
 
+def test_meta_gradients_of_a_maximum_that_devices_share():
+    """Each device has its part of the derivative, and not all of it."""
+    inside, outside = _gradients("max_abs")
+    tree = {"r": 0.1 * _normal(3, seed=4), "w": jnp.ones((8, 2))}
+    chex.assert_trees_all_close(inside(tree), outside(tree), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "grouping",
     [groupings.per_element(), groupings.per_example()],

@@ -450,6 +450,13 @@ def test_ceilings_and_ratios_follow_schedules():
     np.testing.assert_allclose(outs.ravel(), [0.5, 0.375, 0.25, 0.125, 0.0], atol=1e-7)
 
 
+def test_a_size_at_the_quantile_lies_below_it():
+    """So a constant size lowers its estimate: 1[size <= C] in the paper."""
+    _, state = scanned(optclip.quantile_clip(0.5, 0.2), np.ones((2, 1), np.float32))
+    (estimate,) = jax.tree.leaves(state.threshold)
+    np.testing.assert_allclose(estimate, [np.exp(-0.1)], rtol=1e-6)
+
+
 def test_second_moment_waits_until_it_knows():
     """Young, it clips nothing, and an element without a past never."""
     stream = np.ones((40, 3), np.float32)
