@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
 
 from optclip._core import checks, layouts, paths
-from optclip._core.public import Part, error, public
+from optclip._core.public import Part, caller, error, naming, public
 from optclip._core.types import Axes, Shape, Shapes, Stacked, Tree
 
 
@@ -132,6 +132,7 @@ def per_label(labels: Callable[[str], str] | Tree) -> Grouping:
     """
     lookup = labels if callable(labels) else paths.prefix_lookup("labels", labels)
 
+    @naming(caller())
     def label(leaf: Place) -> str:
         name = lookup(leaf.path)
         if name is None:
@@ -165,11 +166,12 @@ def per_example() -> Grouping:
      [0.3 0.4]]
     """
 
+    @naming(caller())
     def axes(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
         batches = {other[0] for other in shapes.values() if other}
         if not shape or len(batches) > 1:
             raise error(
-                f"leaves must share a leading batch axis under per_example, got shape "
+                f"leaves must share a leading batch axis, got shape "
                 f"{shape} at {str(path)!r} and batch sizes {sorted(batches)}."
             )
         return tuple(range(1, len(shape)))
@@ -215,6 +217,7 @@ def per_unit(
     for own in axes.values() if isinstance(axes, Mapping) else (axes,):
         checks.axes(axes=own)
 
+    @naming(caller())
     def reduced(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
         chosen = (
             paths.first_match(axes, path, None) if isinstance(axes, Mapping) else axes

@@ -189,7 +189,7 @@ class _Clip:
         if self.threshold.init is not None:
             fresh = [Observation(x, step, groups.names) for x in zeros]
             states = list(map(self.threshold.init, fresh))
-        if self.grouping.keeps_state and groups.groups:  # a bad limit is reported here
+        if groups.groups:  # a bad limit is reported here
             self.limits(groups, zeros, _Known(states, zeros, step))
         limited, elementwise = (
             self.threshold.limit is not None,

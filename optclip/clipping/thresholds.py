@@ -29,7 +29,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optclip._core import checks, paths
-from optclip._core.public import Part, error, public
+from optclip._core.public import Part, caller, error, naming, public
 from optclip._core.types import Limit, Tree
 
 S = TypeVar("S")
@@ -125,9 +125,12 @@ def scheduled(schedule: optax.Schedule) -> Threshold[tuple[()]]:
     """
     if not callable(schedule):
         raise error(f"schedule must be callable, got {schedule!r}.")
-    return Threshold(
-        lambda state, observation: jnp.asarray(at_step(schedule, observation.step))
-    )
+
+    @naming(caller())
+    def limit(state: tuple[()], observation: Observation) -> jax.Array:
+        return jnp.asarray(at_step(schedule, observation.step))
+
+    return Threshold(limit)
 
 
 @public
@@ -176,6 +179,7 @@ def per_path(limits: Tree, default: Limit | None = None) -> Threshold[tuple[()]]
         checks.limit_like(default=default)
     lookup = paths.prefix_lookup("limits", limits, default=default)
 
+    @naming(caller())
     def limit(state: tuple[()], observation: Observation) -> jax.Array:
         names = observation.names
         if names is None:

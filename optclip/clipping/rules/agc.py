@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from optclip._core import checks
 from optclip._core.groupings import Grouping, per_unit
 from optclip._core.measures import Measure, l2
-from optclip._core.public import error, public
+from optclip._core.public import caller, error, naming, public
 from optclip._core.types import Axes, AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.engine import clip_by
@@ -51,6 +51,7 @@ def relative_to_params(ratio: Limit, eps: ArrayLike = 1e-3) -> Threshold[tuple[(
     checks.limit_like(ratio=ratio)
     checks.limit_like(eps=eps)
 
+    @naming(caller())
     def limit(state: tuple[()], observation: Observation) -> jax.Array:
         dtype, params = observation.size.dtype, observation.params
         assert params is not None  # the engine gives what `needs_params` asks for
