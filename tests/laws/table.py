@@ -500,12 +500,11 @@ def projections(**wanted: Any) -> list[Any]:
 
 
 # One row of each kind of block, for `make quick`: the whole tree as one group, vectors
-# of leaves, labels and examples, arrays of units and of elements, a flat rule without
+# of leaves and of examples, arrays of units and of elements, a flat rule without
 # groups, a learned limit, a wrapper, a measurement; then sets of each kind.
 QUICK_ROWS = (
     "clip_by_global_norm",
     "clip_by_norm",
-    "clip_by-per_label",
     "clip_by-per_example",
     "clip_by_norm-per_unit",
     "clip_by-per_element",
