@@ -159,7 +159,7 @@ def _as_array(leaf: Any) -> jax.Array:
 def _refuse_integers(tree: Tree) -> None:
     """Raises where leaves would escape a bound that privacy depends on."""
     for path, leaf in paths.leaves(tree):
-        dtype = jnp.result_type(leaf) if isinstance(leaf, int) else leaf.dtype
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_:
             raise error(
                 f"leaves must be floating-point under per_example, got {dtype} at "

@@ -77,7 +77,7 @@ def unpacked(groups: Groups, blank: Any, state: optax.OptState) -> list[Any]:
     if treedef.num_leaves and found != expected:
         raise error(
             f"state must have the shapes of the groups of updates, {expected} in "
-            f"{type(blank).__name__}, got {found}."
+            f"{_kind(blank)}, got {found}."
         )
     return states if treedef.num_leaves else [state] * len(groups.block_shapes())
 
@@ -91,4 +91,8 @@ def repacked(old: optax.OptState, states: list[Any]) -> optax.OptState:
 
 def _described(state: Any) -> str:
     shapes = [jnp.shape(leaf) for leaf in jax.tree_util.tree_leaves(state)]
-    return f"{type(state).__name__} of {shapes}"
+    return f"{_kind(state)} of {shapes}"
+
+
+def _kind(state: Any) -> str:
+    return "an array" if hasattr(state, "dtype") else type(state).__name__

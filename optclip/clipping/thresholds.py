@@ -194,7 +194,10 @@ def per_path(limits: Tree, default: Limit | None = None) -> Threshold[tuple[()]]
                 f"limits must name groups, got {paths.some(unused)} among the groups "
                 f"{paths.some(list(names))}."
             )
-        each = [at_step(lookup(name), observation.step) for name in names]
+        each = [
+            at_step(lookup(name), observation.step, f"limits[{str(name)!r}]")
+            for name in names
+        ]
         return jnp.stack([jnp.asarray(x, observation.size.dtype) for x in each])
 
     return Threshold(limit)
@@ -275,12 +278,12 @@ def _fixed(limit: ArrayLike) -> Threshold[tuple[()]]:
     return Threshold(lambda state, observation: number)
 
 
-def at_step(limit: Limit, step: jax.Array) -> ArrayLike:
+def at_step(limit: Limit, step: jax.Array, name: str = "schedule(step)") -> ArrayLike:
     """The value of a number or schedule at a step, which may be NaN."""
     if not callable(limit):
         return as_float(limit)
     value = limit(step)
-    checks.given(**{"schedule(step)": value})
+    checks.given(**{name: value})
     return as_float(value)
 
 

@@ -36,6 +36,7 @@ class Row(NamedTuple):
         (or its limit's spelling), so that laws about what holds a transform (wrappers,
         states) would see nothing new.
       batched: whether leaves need a common leading axis.
+      integers: whether integer leaves pass untouched, or the reason not.
       needs_params: whether `update` must be given the parameters.
       differentiable_to: the largest entry at which derivatives are promised: |x|^p
         overflows float32 for p = 3 there, and with it the pass not chosen.
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     identity: bool | str = True
     variant: bool = False
     batched: bool = False
+    integers: bool | str = True
     needs_params: bool = False
     has_metrics: bool | str = True
     differentiable_to: float = float("inf")
@@ -87,6 +89,7 @@ def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Cal
 
 REAL = "an interval says nothing about complex numbers, so clip_by_value raises"
 TWO_ARRAYS = "XLA writes once what it would have to make twice from two whole arrays"
+PRIVACY = "a sum that privacy bounds may hold nothing that was not measured"
 FLAT = "flat: it measures nothing, so it keeps no state"
 SMOOTH = "smooth shrinks every group, by its definition"
 EPS = "div_eps > 0 is PyTorch's convention, which shrinks a group at its limit"
@@ -224,6 +227,7 @@ ROWS = [
         {"grouping": "example"},
         public="clip_by",
         batched=True,
+        integers=PRIVACY,
     ),
     Row(
         "clip_by-per_element",

@@ -189,8 +189,11 @@ FACTORIES = {
     ),
     # clip_by
     "threshold": (
-        lambda: optclip.clip_by(1.0),
-        "clip_by: threshold must be a Threshold of optclip, got 1.0.",
+        lambda: optclip.clip_by("1.0"),
+        (
+            "clip_by: threshold must be a non-negative number, array or schedule, got "
+            "'1.0'."
+        ),
     ),
     "measure": (
         lambda: optclip.clip_by(ONE, measure="l2"),
@@ -573,14 +576,87 @@ MISMATCHED = {
             "complex ones at 'a'"
         ),
     ),
+    "another-rule": (
+        lambda: optclip.zclip().update(NESTED, optclip.spike_clip().init(NESTED)),
+        (
+            "zclip: state must be that of this rule, ZScoreState of [(1,), (1,), (1,)],"
+            " got RobustState of [(48, 1), (1,)]."
+        ),
+    ),
+    "no-state": (
+        lambda: optclip.zclip().update(NESTED, ()),
+        "zclip: state must be a ClipState, got tuple.",
+    ),
+    "another-window": (
+        lambda: optclip.autoclip(window=5).update(
+            NESTED, optclip.autoclip(window=12).init(NESTED)
+        ),
+        (
+            "autoclip: state must have the shapes of the groups of updates, "
+            "[[(5, 1), (1,)]] in PercentileState, got [[(12, 1), (1,)]]."
+        ),
+    ),
+    "another-shape": (
+        lambda: optclip.spike_clip(grouping=groupings.per_unit()).update(
+            {"kernel": jnp.ones((4, 4))},
+            optclip.spike_clip(grouping=groupings.per_unit()).init(
+                {"kernel": jnp.ones((4, 8))}
+            ),
+        ),
+        (
+            "spike_clip: state must have the shapes of the groups of updates, "
+            "[[(48, 1, 4), (1, 4)]] in RobustState, got [[(48, 1, 8), (1, 8)]]."
+        ),
+    ),
+    "limit-shape": (
+        lambda: optclip.clip_by(
+            thresholds.Threshold(lambda state, observation: jnp.ones(3))
+        ).init(NESTED),
+        (
+            "clip_by: threshold must give a scalar or an array of shape (1,), got shape "
+            "(3,)."
+        ),
+    ),
+    "limit-negative": (
+        lambda: optclip.clip_by(
+            thresholds.Threshold(lambda state, observation: -1.0)
+        ).init(NESTED),
+        "clip_by: the limit of threshold must be non-negative, got -1.0.",
+    ),
+    "per_path-misspelt": (
+        lambda: optclip.clip_by(
+            thresholds.per_path({"c": 1.0}, default=2.0), grouping=groupings.per_leaf()
+        ).init(NESTED),
+        "per_path: limits must name groups, got 'c' among the groups ",
+    ),
+    "axis_name": (
+        lambda: optclip.clip_by_global_norm(1.0, axis_name="dta").update(NESTED, None),
+        (
+            "clip_by_global_norm: axis_name must name axes of the shard_map or pmap "
+            "around the update, got 'dta'."
+        ),
+    ),
+    "per_example-integers": (
+        lambda: optclip.clip_by(1.0, grouping=groupings.per_example()).update(
+            {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 1), jnp.int32)}, None
+        ),
+        ("clip_by: leaves must be floating-point under per_example, got int32 at 'b'."),
+    ),
+    "window-traced": (
+        lambda: optax.inject_hyperparams(optclip.autoclip)(window=10).init(NESTED),
+        (
+            "autoclip: window must be a Python integer, got an array; under "
+            'optax.inject_hyperparams say static_args=("window",).'
+        ),
+    ),
     "other-leaves": (
         lambda: optclip.clip_by(stateful(), grouping=groupings.per_unit()).update(
             {"a": NESTED["a"]},
             optclip.clip_by(stateful(), grouping=groupings.per_unit()).init(NESTED),
         ),
         (
-            "clip_by: updates must have the measured groups that init saw, got 1 for a "
-            "state of 2."
+            "clip_by: state must have the shapes of the groups of updates, [[(1,)]] in "
+            "an array, got [[(1,)], [(1, 3)]]."
         ),
     ),
     "other-groups": (
@@ -589,8 +665,8 @@ MISMATCHED = {
             optclip.spike_clip(grouping=groupings.per_leaf()).init(NESTED),
         ),
         (
-            "spike_clip: updates must have the measured groups that init saw, got 1 "
-            "for a state of 2."
+            "spike_clip: state must have the shapes of the groups of updates, "
+            "[[(48, 1), (1,)]] in RobustState, got [[(48, 2), (2,)]]."
         ),
     ),
 }
