@@ -18,6 +18,10 @@ import pytest
 hypothesis.settings.register_profile(
     "optclip", deadline=None, max_examples=25, derandomize=True, print_blob=False
 )
+# For a longer search outside the suite: `--hypothesis-profile thorough`.
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=200, derandomize=True, print_blob=False
+)
 hypothesis.settings.load_profile("optclip")
 
 

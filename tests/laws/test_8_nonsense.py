@@ -613,8 +613,8 @@ MISMATCHED = {
             thresholds.Threshold(lambda state, observation: jnp.ones(3))
         ).init(NESTED),
         (
-            "clip_by: threshold must give a scalar or an array of shape (1,), got shape "
-            "(3,)."
+            "clip_by: threshold must give a scalar or an array of shape (1,), got "
+            "shape (3,)."
         ),
     ),
     "limit-negative": (
