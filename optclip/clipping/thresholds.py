@@ -247,6 +247,8 @@ def tightest(*thresholds: Threshold) -> Threshold[tuple]:
         return functools.reduce(jnp.minimum, found)
 
     def observe(states: tuple, observation: Observation, limit: jax.Array) -> tuple:
+        if not states:  # beside thresholds with state, when none of these has any
+            return states
         # Each learns from its own limit: a ceiling beside it is not what it decided.
         each = zip(thresholds, states, limits(states, observation), strict=True)
         return tuple(
