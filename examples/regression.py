@@ -136,7 +136,9 @@ def train(rule: Rule, features, targets, epochs: int, progress: tqdm) -> Run:
         updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
         seen = optclip.metrics(state)
         clip = {k.split("/")[-1]: x for k, x in seen.items() if k.startswith("clip/")}
-        limit = jnp.minimum(clip["limit"], rule.limit)
+        limit = jnp.minimum(clip.get("limit", jnp.inf), rule.limit)
+        # Nothing is limited at the largest number, which has no place in a picture.
+        limit = jnp.where(limit < jnp.finfo(limit.dtype).max, limit, jnp.inf)
         history = seen["gradient/size"], clip["size"], limit
         return (optax.apply_updates(params, updates), state), history
 

@@ -173,8 +173,10 @@ def train(guard: Guard, network, params, batches, validation, progress: tqdm) ->
         passed = jnp.where(seen.get("rule/consecutive_skips", 0) > 0, 0.0, passed)
         dropped = jnp.isfinite(passed) & ~jnp.isfinite(norm)
         changed = dropped | (seen["rule/watch/clipped_fraction"] > 0)
-        watched = seen["rule/watch/size"], seen["rule/watch/limit"]
-        history = unweighted, norm, passed, *watched, changed
+        size, limit = seen["rule/watch/size"], seen.get("rule/watch/limit", jnp.inf)
+        # Nothing is limited at the largest number, which has no place in a picture.
+        limit = jnp.where(limit < jnp.finfo(size.dtype).max, limit, jnp.inf)
+        history = unweighted, norm, passed, size, limit, changed
         return (optax.apply_updates(params, updates), state), history
 
     training, histories = (params, optimizer.init(params)), []

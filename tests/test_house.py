@@ -355,8 +355,9 @@ def test_code_lines_counts_code():
     assert code_lines('"""Doc\n\nstring."""\n\n# why\nx = (\n    1\n)  # one\n') == 3
 
 
-def test_the_library_is_small():
-    assert sum(map(code_lines, sources().values())) <= 4500
+def test_the_library_grows_only_on_purpose():
+    """Without blank lines, comments and docstrings; smaller is better."""
+    assert sum(map(code_lines, sources().values())) <= 6000
 
 
 def names_any(annotation: ast.expr | None) -> bool:
