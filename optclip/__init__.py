@@ -69,7 +69,8 @@ Types, to annotate and to read:
 from optclip import actions, groupings, initializers, measures, sets, thresholds
 from optclip._core.metrics import ClipMetrics, SkipMetrics
 from optclip._core.paths import everything, mask
-from optclip.clipping.engine import ClipState, clip_by
+from optclip.clipping.clip_by import clip_by
+from optclip.clipping.engine import ClipState
 from optclip.clipping.rules.adagc import adagc
 from optclip.clipping.rules.agc import adaptive_grad_clip
 from optclip.clipping.rules.autoclip import autoclip

@@ -100,3 +100,14 @@ def smooth() -> Action:
         return jnp.where(small, size, limit) / (1 + ratio)
 
     return Action(target)
+
+
+def target_of(action: Action, nonfinite_value: float) -> Callable[..., jax.Array]:
+    """(size, limit) to the size that a group is scaled to."""
+
+    @jax.jit
+    def target(size: jax.Array, limit: jax.Array) -> jax.Array:
+        wanted = action.target(size, jnp.maximum(limit, 0))
+        return jnp.where(jnp.isfinite(size), wanted, nonfinite_value)
+
+    return target

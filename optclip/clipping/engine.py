@@ -1,11 +1,11 @@
-"""`clip_by`: the one way that every composed rule goes.
+"""The engine: the one way of updates through a rule that `clip_by` composes.
 
     updates ──gather──▶ groups ──▶ rough sizes ──threshold──▶ limits
         ──▶ refined sizes and limits ──action──▶ targets ──▶ rescaled updates
         ──▶ metrics ──▶ the threshold's next state
 
 `update` reads in exactly this order. This is the only file that knows measures,
-groupings, thresholds and actions together.
+groupings, thresholds and actions together; `clip_by` puts one of each into it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,14 @@ from optclip._core.groups import (
     gather,
     rescaled,
 )
-from optclip._core.measures import Measure, l2, max_abs
+from optclip._core.measures import Measure
 from optclip._core.metrics import ClipMetrics
-from optclip._core.public import error, public
+from optclip._core.public import error
 from optclip._core.sizes import in_doubt, precise_sizes, summed_sizes
-from optclip._core.types import AxisName, Limit, Nonfinite, Tree
-from optclip.clipping.actions import Action, rescale
+from optclip._core.types import AxisName, Tree
 from optclip.clipping.other_sizes import combined_size, sizes_of_params
 from optclip.clipping.state_blocks import blank_state, packed, repacked, unpacked
-from optclip.clipping.thresholds import Observation, Threshold, as_threshold
+from optclip.clipping.thresholds import Observation, Threshold
 
 
 class ClipState(NamedTuple):
@@ -68,92 +67,8 @@ class _Known(NamedTuple):
     step: jax.Array
 
 
-@public
-def clip_by(
-    threshold: Limit | Threshold,
-    *,
-    measure: Measure = l2,
-    grouping: Grouping = whole(),
-    action: Action = rescale(),
-    nonfinite: Nonfinite = "propagate",
-    axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Bounds the size of every group of updates: the parts of every named rule.
-
-        size = measure(group),  limit = threshold(size),
-        group ← group · action(size, limit) / size
-
-    Args:
-      threshold: how big a group may be, one of `optclip.thresholds`; a number or a
-        schedule stands for `constant` or `scheduled`.
-      measure: how big a group is, one of `optclip.measures`.
-      grouping: what is measured together, one of `optclip.groupings`.
-      action: to what size a group is scaled, one of `optclip.actions`.
-      nonfinite: what becomes of a group that holds NaN or infinity, or whose size does
-        not fit float32 (float64 for float64 leaves): `"propagate"` makes all of it NaN,
-        visible at once; `"zero"` makes all of it zero.
-      axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over: a
-        name, a tuple of names (() for none), or a tree of these that may be a prefix of
-        the updates. None reads them from the types, which is right inside `shard_map`
-        and all that is needed under `jit`; `pmap` and `check_vma=False` need names.
-        Gradients that `pmean` has averaged are whole on every device: name no axis for
-        them, or the norm is √n times too large on n devices.
-
-    Returns:
-      A gradient transformation with state `ClipState`. Updates keep their dtypes,
-      shapes, shardings and tree; integers, random keys, float0, None and MaskedNode
-      pass untouched. `update(updates, None)` starts from a fresh state, and `init`
-      takes trees of `jax.ShapeDtypeStruct` too.
-
-    Edge cases: a group within its limit keeps its bits. Limit infinity: identity.
-    Limit 0, size 0: zeros. Limit NaN: NaN. Half precision: sizes are float32, results
-    are rounded once.
-
-    Raises:
-      ValueError: if a part is not of its kind, nonfinite is unknown, or (at init and
-        update) the parts do not fit each other, the tree, or the state that is given.
-
-    >>> import jax.numpy as jnp, optclip
-    >>> tx = clip_by(1.0, measure=optclip.measures.max_abs)
-    >>> updates, state = tx.update({"w": jnp.array([4.0, -2.0])}, None)
-    >>> print(updates["w"], state.metrics.size)
-    [ 1.  -0.5] 4.0
-    """
-    threshold = as_threshold(threshold=threshold)
-    checks.instance(Measure, measure=measure)
-    checks.instance(Grouping, grouping=grouping)
-    checks.instance(Action, action=action)
-    checks.choice(get_args(Nonfinite), nonfinite=nonfinite)
-    if threshold.init is not None and not grouping.keeps_state:
-        raise error(
-            f"threshold must have no state under {grouping}, whose groups are others "
-            f"at every step, got {threshold}."
-        )
-    clip = _Clip(
-        threshold=threshold,
-        # Of one number every size is the same, and this one never overflows.
-        measure=max_abs if grouping.elementwise else measure,
-        grouping=grouping,
-        target_of=_target_of(action, jnp.nan if nonfinite == "propagate" else 0.0),
-        mesh_axes=meshes.axes_of(axis_name),
-        axis_name=axis_name,
-    )
-    return optax.GradientTransformationExtraArgs(clip.init, clip.update)
-
-
-def _target_of(action: Action, nonfinite_value: float) -> Callable[..., jax.Array]:
-    """(size, limit) to the size that a group is scaled to."""
-
-    @jax.jit
-    def target_of(size: jax.Array, limit: jax.Array) -> jax.Array:
-        target = action.target(size, jnp.maximum(limit, 0))
-        return jnp.where(jnp.isfinite(size), target, nonfinite_value)
-
-    return target_of
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Clip:
+class Clip:
     """What `clip_by` returns: the parts, and the way of the updates through them.
 
     Sizes come one array a group where leaves are scaled by them, and one array a block

@@ -18,7 +18,7 @@ from optclip._core.measures import Measure, l2
 from optclip._core.public import caller, error, naming, public
 from optclip._core.types import Axes, AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale
-from optclip.clipping.engine import clip_by
+from optclip.clipping.clip_by import clip_by
 from optclip.clipping.thresholds import Observation, Threshold, as_float, at_step
 
 

@@ -19,7 +19,7 @@ from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import SkipMetrics
 from optclip._core.public import error, public
 from optclip._core.types import AxisName, Limit
-from optclip.clipping.engine import clip_by
+from optclip.clipping.clip_by import clip_by
 from optclip.clipping.thresholds import Threshold, as_threshold
 
 

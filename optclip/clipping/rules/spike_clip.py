@@ -26,7 +26,7 @@ from optclip._core.measures import Measure, l2
 from optclip._core.public import public
 from optclip._core.types import AxisName, Nonfinite
 from optclip.clipping.actions import Action, rescale
-from optclip.clipping.engine import clip_by
+from optclip.clipping.clip_by import clip_by
 from optclip.clipping.rules.history import blank_history, filled, learn
 from optclip.clipping.thresholds import Observation, Threshold
 
