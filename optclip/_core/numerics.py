@@ -56,7 +56,7 @@ def bound_in(bound: ArrayLike, dtype: DTypeLike) -> jax.Array:
         real = jnp.issubdtype(bound.dtype, jnp.floating)
         value = widen(bound, wide) if real else bound.astype(wide)
     else:
-        value = np.asarray(_as_float(bound), np.float64)
+        value = np.asarray(as_float(bound), np.float64)
     with np.errstate(over="ignore"):
         if not np.isinf(np.float64(np.inf).astype(dtype)):
             largest = np.asarray(jnp.finfo(dtype).max, value.dtype)
@@ -64,13 +64,15 @@ def bound_in(bound: ArrayLike, dtype: DTypeLike) -> jax.Array:
         return jnp.asarray(value.astype(dtype))
 
 
-def _as_float(number: ArrayLike) -> ArrayLike:
-    """Python's integers may be larger than any float."""
-    if isinstance(number, int):
+def as_float(number: ArrayLike) -> ArrayLike:
+    """Python's and NumPy's integers as floats, infinite beyond those that there are."""
+    if isinstance(number, int | np.integer):
         try:
             return float(number)
         except OverflowError:
             return math.inf if number > 0 else -math.inf
+    if isinstance(number, np.ndarray) and number.dtype.kind in "iu":
+        return number.astype(np.float64)
     return number
 
 

@@ -266,11 +266,3 @@ def some(paths: list[str]) -> str:
     """The first few paths, for a message."""
     shown = ", ".join(repr(str(path)) for path in paths[:5])
     return shown + (f", … ({len(paths)} leaves)" if len(paths) > 5 else "")
-
-
-def spell(keys: tuple[Any, ...]) -> str:
-    """The path of one key path, whose last name is dropped if it is a box's."""
-    own = names(keys)
-    if len(own) > 1 and own[-1] == "value" and hasattr(keys[-1], "name"):
-        own = own[:-1]
-    return Path(tuple(own))

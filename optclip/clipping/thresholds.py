@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optclip._core import checks, paths
+from optclip._core import checks, numerics, paths
 from optclip._core.public import Part, caller, error, naming, public
 from optclip._core.types import Limit, Tree
 
@@ -276,23 +274,14 @@ def as_threshold(**named: Limit | Threshold) -> Threshold:
 
 
 def _fixed(limit: ArrayLike) -> Threshold[tuple[()]]:
-    number = as_float(limit)
+    number = numerics.as_float(limit)
     return Threshold(lambda state, observation: number)
 
 
 def at_step(limit: Limit, step: jax.Array, name: str = "schedule(step)") -> ArrayLike:
     """The value of a number or schedule at a step, which may be NaN."""
     if not callable(limit):
-        return as_float(limit)
+        return numerics.as_float(limit)
     value = limit(step)
     checks.given(**{name: value})
-    return as_float(value)
-
-
-def as_float(value: ArrayLike) -> ArrayLike:
-    """Python's and NumPy's integers as floats, which any of them can be."""
-    if isinstance(value, numbers.Integral | np.integer):
-        return float(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        return value.astype(np.float64)
-    return value
+    return numerics.as_float(value)

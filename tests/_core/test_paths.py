@@ -220,7 +220,7 @@ def test_a_field_called_value_keeps_its_name_as_a_module():
 
 
 def test_only_the_collection_is_left_out():
-    assert _paths.spell((jax.tree_util.DictKey("params"),)) == "params"
+    assert str(_paths.Path(("params",))) == "params"
     tree = {"params": {"params": {"w": jnp.ones(1)}}}
     assert [leaf.path for leaf in _paths.leaves(tree)] == ["params/w"]
 

@@ -44,8 +44,6 @@ class Row(NamedTuple):
       complex: whether it takes complex leaves, or the reason not.
       ulps: how far jit may be from eager: a limit that is an exponential of a logarithm
         is rounded as XLA pleases.
-      scan_ulps: how far the steps of a scan may be from single ones: where a limit is
-        a size of an earlier step, two sums enter, each in the order that XLA chooses.
       least_limit: positive limits below it may not give the oracle's outputs.
       fuses: whether an optimizer's kernels clip what they read, or the reason not.
     """
@@ -65,7 +63,6 @@ class Row(NamedTuple):
     differentiable_to: float = float("inf")
     complex: bool | str = True
     ulps: int = 2
-    scan_ulps: int = 2
     least_limit: float = 0.0
     fuses: bool | str = True
 
@@ -286,9 +283,9 @@ ROWS = [
     _adaptive("spike_clip", window=4)._replace(ulps=8),
     _adaptive("autoclip", percentile=40.0, window=3),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
-    _adaptive("adagc", "leaf", warmup_steps=2)._replace(scan_ulps=4),
+    _adaptive("adagc", "leaf", warmup_steps=2),
     _adaptive("quantile_clip"),
-    _adaptive("norm_growth_clip", "leaf")._replace(scan_ulps=4),
+    _adaptive("norm_growth_clip", "leaf"),
     _adaptive(
         "second_moment_clip", "element", theta=4.0, decay=0.5, warmup_steps=1
     )._replace(fuses=TWO_ARRAYS),

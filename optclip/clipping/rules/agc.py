@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip._core import checks
+from optclip._core import checks, numerics
 from optclip._core.groupings import Grouping, per_unit
 from optclip._core.measures import Measure, l2
 from optclip._core.public import caller, error, naming, public
 from optclip._core.types import Axes, AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale
 from optclip.clipping.clip_by import clip_by
-from optclip.clipping.thresholds import Observation, Threshold, as_float, at_step
+from optclip.clipping.thresholds import Observation, Threshold, at_step
 
 
 @public
@@ -56,7 +56,7 @@ def relative_to_params(ratio: Limit, eps: ArrayLike = 1e-3) -> Threshold[tuple[(
         dtype, params = observation.size.dtype, observation.params
         assert params is not None  # the engine gives what `needs_params` asks for
         share = jnp.asarray(at_step(ratio, observation.step), dtype)
-        return share * jnp.maximum(params, jnp.asarray(as_float(eps), dtype))
+        return share * jnp.maximum(params, jnp.asarray(numerics.as_float(eps), dtype))
 
     return Threshold(limit, needs_params=True)
 
