@@ -4,6 +4,7 @@
     python -m benchmarks --scale 0.1           a tenth of it, for a small machine
     python -m benchmarks --shapes small large --dtypes float16 --contexts alone
     python -m benchmarks --save                also renew benchmarks/results and README
+    python -m benchmarks --accelerator --out results      a GPU, in six minutes
 
 Runs on whatever device JAX finds; PyTorch and Keras take part where they are installed.
 Times are medians over rounds in which all contestants took turns. The last columns tell
@@ -23,7 +24,7 @@ import optax
 from tqdm import tqdm
 
 import optclip
-from benchmarks import contestants, report, shapes, timing
+from benchmarks import accelerator, contestants, report, shapes, timing
 from benchmarks.contestants import Arrays, Contestant, Shapes
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -188,11 +189,30 @@ def main() -> None:
     options.add_argument(
         "--save", action="store_true", help="renew benchmarks/results and README.md"
     )
+    options.add_argument(
+        "--accelerator",
+        action="store_true",
+        help="the races of `benchmarks/accelerator.py` instead",
+    )
+    options.add_argument(
+        "--out", type=pathlib.Path, help="the folder for --accelerator's results"
+    )
+    options.add_argument(
+        "--minutes", type=float, default=6.0, help="of --accelerator (default 6)"
+    )
+    options.add_argument(
+        "--races", default="", metavar="REGEX", help="which of --accelerator's"
+    )
     chosen = options.parse_args()
     if not 1 <= chosen.rounds <= 100:
         options.error(f"--rounds must be in 1..100, got {chosen.rounds}")
     if chosen.scale <= 0:
         options.error(f"--scale must be positive, got {chosen.scale}")
+    if chosen.accelerator:
+        if chosen.out is None:
+            options.error("--accelerator needs --out, the folder for its results")
+        accelerator.run(chosen.out, chosen.minutes, chosen.scale, chosen.races)
+        return
     whole = ("shapes", "dtypes", "contexts", "rules", "scale")
     changed = [x for x in whole if getattr(chosen, x) != options.get_default(x)]
     if chosen.save and changed:

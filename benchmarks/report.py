@@ -255,6 +255,38 @@ def draw(results: Results, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_races(results: Results, path: pathlib.Path) -> None:
+    """The races of an accelerator: the time of a call, a panel a race."""
+    races = {
+        name: lines
+        for name, lines in results["races"].items()
+        if all("seconds" in line for line in lines)
+    }
+    rows = max(-(-len(races) // 2), 1)
+    figure = Figure(figsize=(14, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axis, (name, lines) in zip(axes, races.items(), strict=False):
+        ours = ["optclip" in line["name"] for line in lines]
+        colours = ["tab:blue" if own else "0.7" for own in ours]
+        names = [line["name"] for line in lines]
+        times = [1e3 * line["seconds"] for line in lines]
+        bars = axis.barh(names, times, color=colours)
+        rates = [line.get("gigabytes_per_second") for line in lines]
+        labels = [
+            f"{time:.3g} ms" + (f", {rate:.0f} GB/s" if rate else "")
+            for time, rate in zip(times, rates, strict=True)
+        ]
+        axis.bar_label(bars, labels, padding=3, fontsize="x-small")
+        axis.set(title=name, xlabel="ms a call", xlim=(0, 1.4 * max(times)))
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize="small")
+    for axis in axes[len(races) :]:
+        axis.set_visible(False)
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    figure.suptitle(f"{results['device']}; {versions}", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
 def passes(rule: str) -> int:
     """The least traffic of a clip that clips, in passes over the tree."""
     return {"clip_by_value": 2, "adaptive_grad_clip": 4}.get(rule, 3)
