@@ -32,11 +32,21 @@ def pytest_addoption(parser):
         help="laws 1 to 4, 6 and 8 for one row of each kind of block, in float32",
     )
 
+    parser.addoption(
+        "--branch-free",
+        action="store_true",
+        help="the programs that GPUs get, on the platform that is here",
+    )
+
 
 def pytest_configure(config):
     """A core for each worker: JAX's threads would wait for those of the others."""
     if config.getoption("--quick"):  # most of the time is XLA's
         jax.config.update("jax_disable_most_optimizations", True)
+    if config.getoption("--branch-free"):
+        from optclip._core import bins
+
+        bins.backend = lambda: "gpu"
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip._core import meshes, numerics
+from optclip._core import bins, meshes, numerics
 from optclip._core.groups import Arrays, Groups, aligned, by_block
 from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
@@ -31,7 +31,15 @@ def summed_sizes(
     measure: Measure,
     scales: Arrays | None = None,
 ) -> Arrays:
-    """The size of every group from plain sums, of elements times its scale if given."""
+    """The size of every group from plain sums, of elements times its scale if given.
+
+    For a GPU without a scale: from sums that hold at every magnitude.
+    """
+    in_bins = scales is None and measure.power == 2 and bins.backend() == "gpu"
+    if scales is None and measure.power not in (None, 2) and bins.backend() == "gpu":
+        largest = summed_sizes(groups, leaves, max_abs)
+        unknown = [jnp.full_like(size, jnp.inf) for size in largest]
+        scales = list(map(_largest, unknown, _edges(groups, measure), largest))
     by_mesh: dict[meshes.MeshAxes, dict[int, Arrays]] = {}
     for number, group in enumerate(groups.groups):
         scale = None if scales is None else scales[number]
@@ -39,15 +47,11 @@ def summed_sizes(
             leaf, own = leaves[index], scale
             if scale is not None and scale.ndim not in (0, leaf.ndim):
                 own = aligned(scale, leaf)
-            total = _reduced(
-                leaf,
-                own,
-                measure.map,
-                measure.combine,
-                axes,
-                not groups.joint,
-                groups.dtype,
-            )
+            how = axes, not groups.joint, groups.dtype
+            if in_bins:
+                total = bins.sums_of_squares(leaf, *how)
+            else:
+                total = _reduced(leaf, own, measure.map, measure.combine, *how)
             by_mesh.setdefault(mesh, {}).setdefault(number, []).append(total)
 
     of_groups: list[Arrays] = [[] for _ in groups.groups]
@@ -57,14 +61,14 @@ def summed_sizes(
             totals = _across(measure.combine.across, totals, mesh)
         for number, total in zip(parts, totals, strict=True):
             of_groups[number].append(total)
+    counts = [group.count for group in groups.groups]
+    totals = [joined(measure.combine, parts) for parts in of_groups]
+    if in_bins:
+        finalize = [measure.finalize] * len(counts)
+        return list(map(bins.size, totals, finalize, counts))
     return [
-        _size(
-            joined(measure.combine, parts),
-            None if scales is None else scales[number],
-            measure.finalize,
-            groups.groups[number].count,
-        )
-        for number, parts in enumerate(of_groups)
+        _size(total, None if scales is None else scales[n], measure.finalize, counts[n])
+        for n, total in enumerate(totals)
     ]
 
 
@@ -79,7 +83,8 @@ def in_doubt(
     """
     # float16's squares, and their sums, lie well inside float32's range.
     half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
-    if measure.power is None or half or not groups.groups:
+    certain = measure.power is None or half or bins.backend() == "gpu"
+    if certain or not groups.groups:
         return None
     edges = _edges(groups, measure)
     if groups.joint:
