@@ -15,6 +15,8 @@ median over rounds in which all contestants took turns.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import datetime
 import functools
@@ -34,7 +36,7 @@ import optax
 
 import optclip
 from benchmarks import contestants, report, shapes
-from optclip._core import bins
+from optclip._core import numerics
 
 ROUNDS = 7
 BATCH_SECONDS = 0.03
@@ -83,7 +85,9 @@ def race(racers: dict[str, Racer], rounds: int = ROUNDS) -> dict[str, Timed]:
     return {name: Timed(np.array(s), host[name]) for name, s in seconds.items()}
 
 
-def records(racers: dict[str, Racer], timed: dict[str, Timed]) -> Iterator[Record]:
+def records(
+    racers: dict[str, Racer], timed: dict[str, Timed], profiles: bool
+) -> Iterator[Record]:
     """A record for each racer, with its ratio to every other one."""
     for name, own in timed.items():
         low, middle, high = np.quantile(own.seconds, (0.25, 0.5, 0.75))
@@ -99,25 +103,33 @@ def records(racers: dict[str, Racer], timed: dict[str, Timed]) -> Iterator[Recor
                 for other in timed
                 if other != name
             },
-        }
+        } | (on_device(racers[name]) if profiles else {})
 
 
 # What takes part.
 
 
+COMPILERS = concurrent.futures.ThreadPoolExecutor(8)
+
+
+def compiling(lowered: Any) -> Callable[[], Any]:
+    """What waits for the compiled program; all of a race compile side by side."""
+    return COMPILERS.submit(lowered.compile).result
+
+
 def jitted(function: Callable[..., Any], *arrays: Any, moved: float = 0.0) -> Racer:
     """A compiled function of fixed arrays."""
-    program = jax.jit(function).lower(*arrays).compile()
-    return Racer(lambda: program(*arrays), moved=moved)
+    program = compiling(jax.jit(function).lower(*arrays))
+    return Racer(lambda: program()(*arrays), moved=moved)
 
 
 def in_place(function: Callable[..., Any], state: Any, fixed: Any) -> Racer:
     """A compiled function from state and fixed arrays to the next state."""
-    program = jax.jit(function, donate_argnums=0).lower(state, fixed).compile()
+    program = compiling(jax.jit(function, donate_argnums=0).lower(state, fixed))
     kept = [jax.tree.map(jnp.copy, state)]
 
     def call() -> Any:
-        kept[0] = program(kept[0], fixed)
+        kept[0] = program()(kept[0], fixed)
         return kept[0]
 
     return Racer(call)
@@ -126,12 +138,12 @@ def in_place(function: Callable[..., Any], state: Any, fixed: Any) -> Racer:
 @contextlib.contextmanager
 def as_for_cpu() -> Iterator[None]:
     """Clips that choose between one pass and two, as they do on CPU and TPU."""
-    before = bins.backend
-    bins.backend = lambda: "cpu"
+    before = numerics.backend
+    numerics.backend = lambda: "cpu"
     try:
         yield
     finally:
-        bins.backend = before
+        numerics.backend = before
 
 
 def clipping(
@@ -238,6 +250,10 @@ def adamw(shape_set: str, dtype: str, scale: float) -> dict[str, Racer]:
 
         moved = 7 * size if clip is None else 8 * size
         found[name] = in_place(step, (params, start), grads)._replace(moved=moved)
+        if name.startswith("optclip"):
+            with as_for_cpu():
+                racer = in_place(step, (params, start), grads)
+            found["the same with a conditional"] = racer._replace(moved=moved)
 
     def floor(kept: Any, grads: Any) -> Any:
         """Reads the gradients once, then four trees, and writes three in place."""
@@ -305,6 +321,10 @@ def other_rules(dtype: str, scale: float) -> dict[str, Racer]:
             moved = (4 if given else 3) * size
             racer = clipping(rules[rule], 0.1, grads, *given, moved=moved)
             found[f"{library}.{rule}"] = racer
+            if library == "optclip":
+                with as_for_cpu():
+                    racer = clipping(rules[rule], 0.1, grads, *given, moved=moved)
+                found[f"{rule} with a conditional"] = racer
     found["optclip.spike_clip"] = clipping(
         lambda _: optclip.spike_clip(), 0.0, grads, moved=3 * size
     )
@@ -351,7 +371,7 @@ def small_model(scale: float) -> dict[str, Racer]:
         found[name] = in_place(step, start, inputs)
         if name == "optclip clip + adam":
             with as_for_cpu():
-                found[f"{name}, conditional"] = in_place(step, start, inputs)
+                found["the same with a conditional"] = in_place(step, start, inputs)
     return found
 
 
@@ -393,59 +413,31 @@ def _projected(constraint: Any, x: jax.Array) -> jax.Array:
     return optclip.project_params(x, constraint)
 
 
-CONDITIONAL = "optclip.clip_by_global_norm, conditional"
-
-
-def _measured() -> dict[str, Any]:
-    """Rules whose launches and waits are looked at."""
+def on_device(racer: Racer) -> Record:
+    """What one call puts on the device, from a profile; empty where none is made."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            racer.wait(racer.call())
+        traces = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
+        events = [event for path in traces for event in _device_events(path)]
+    if not events:
+        return {}
+    kinds: collections.Counter[str] = collections.Counter()
+    for name, seconds in events:
+        kinds[re.sub(r"[_.\d]+$", "", name)] += seconds
     return {
-        "optclip.clip_by_global_norm": optclip.clip_by_global_norm(0.5),
-        CONDITIONAL: optclip.clip_by_global_norm(0.5),
-        "optax.clip_by_global_norm": optax.clip_by_global_norm(0.5),
-        "optclip.spike_clip": optclip.spike_clip(),
+        "kernels": len([name for name, _ in events if "memcpy" not in name.lower()]),
+        "copies_to_host": len([name for name, _ in events if _to_host(name)]),
+        "busy_seconds": sum(seconds for _, seconds in events),
+        "longest": {name: seconds for name, seconds in kinds.most_common(5)},
     }
 
 
-def _compiled(name: str, tx: Any, grads: Any) -> tuple[Any, Any]:
-    """The program of an update, run once, and the state that it takes."""
-    state = jax.jit(tx.init)(grads)
-    form = as_for_cpu() if name == CONDITIONAL else contextlib.nullcontext()
-    with form:
-        program = jax.jit(tx.update).lower(grads, state).compile()
-    jax.block_until_ready(program(grads, state))
-    return program, state
-
-
-def launches(scale: float) -> list[Record]:
-    """What one update puts on the device: kernels and copies to the host, profiled."""
-    tree = shapes.gpt2(scale)
-    grads = contestants.normal(tree, jnp.float32)
-    found = []
-    for name, tx in _measured().items():
-        program, state = _compiled(name, tx, grads)
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                jax.block_until_ready(program(grads, state))
-            traces = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
-            events = _device_events(traces[0]) if traces else []
-        text = program.as_text() or ""
-        found.append(
-            {
-                "name": name,
-                "kernels": len([e for e in events if "memcpy" not in e.lower()]),
-                "copies_to_host": len([e for e in events if _to_host(e)]),
-                "conditionals": len(re.findall(r" conditional\(", text)),
-                "loops": len(re.findall(r" while\(", text)),
-            }
-        )
-    return found
-
-
-def _device_events(path: pathlib.Path) -> list[str]:
-    """The names of what ran on the streams of a GPU; none elsewhere."""
+def _device_events(path: pathlib.Path) -> list[tuple[str, float]]:
+    """Names and seconds of what ran on the streams of a GPU; none elsewhere."""
     data = jax.profiler.ProfileData.from_file(str(path))
     return [
-        event.name
+        (event.name, event.duration_ns * 1e-9)
         for plane in data.planes
         if plane.name.startswith("/device:GPU")
         for line in plane.lines
@@ -475,8 +467,17 @@ def waiting(scale: float) -> list[Record]:
     found: list[Record] = [
         {"name": "the work before it", "seconds": time.perf_counter() - start}
     ]
-    for name, tx in _measured().items():
-        program, state = _compiled(name, tx, x)
+    for name, tx in {
+        "optclip.clip_by_global_norm": optclip.clip_by_global_norm(0.5),
+        "the same with a conditional": optclip.clip_by_global_norm(0.5),
+        "optax.clip_by_global_norm": optax.clip_by_global_norm(0.5),
+        "optclip.spike_clip": optclip.spike_clip(),
+    }.items():
+        state = jax.jit(tx.init)(x)
+        form = as_for_cpu() if "conditional" in name else contextlib.nullcontext()
+        with form:
+            program = jax.jit(tx.update).lower(x, state).compile()
+        jax.block_until_ready(program(x, state))
         seconds = []
         for _ in range(5):
             before = busy(x)
@@ -492,7 +493,6 @@ RACES: dict[str, Callable[[float], dict[str, Racer] | list[Record]]] = {
     "one gigabyte, float32": functools.partial(bandwidth, "float32"),
     "one gigabyte, bfloat16": functools.partial(bandwidth, "bfloat16"),
     "host kept by a call": waiting,
-    "what a call launches": launches,
     "AdamW, GPT-2 124M, float32": functools.partial(adamw, "gpt2", "float32"),
     "AdamW, GPT-2 124M, bfloat16": functools.partial(adamw, "gpt2", "bfloat16"),
     "training a small network": small_model,
@@ -532,7 +532,8 @@ def run(out: pathlib.Path, minutes: float, scale: float, wanted: str = "") -> in
             entered = RACES[name](scale)
             if isinstance(entered, dict):
                 compiled = time.monotonic() - start
-                found = list(records(entered, race(entered)))
+                profiles = end - time.monotonic() > 60
+                found = list(records(entered, race(entered), profiles))
                 print(f"  compiled in {compiled:.0f} s", flush=True)
             else:
                 found = entered
@@ -564,6 +565,8 @@ def described(line: Record) -> str:
         words.append(f"{line['gigabytes_per_second']:7.0f} GB/s")
     if line.get("host_seconds"):
         words.append(f"host {1e3 * line['host_seconds']:8.3f} ms")
-    others = ("kernels", "copies_to_host", "conditionals", "loops", "error")
+    if "busy_seconds" in line:
+        words.append(f"busy {1e3 * line['busy_seconds']:8.3f} ms")
+    others = ("kernels", "copies_to_host", "error")
     words += [f"{key} {line[key]}" for key in others if key in line]
     return "  ".join(words)

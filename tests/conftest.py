@@ -44,9 +44,9 @@ def pytest_configure(config):
     if config.getoption("--quick"):  # most of the time is XLA's
         jax.config.update("jax_disable_most_optimizations", True)
     if config.getoption("--branch-free"):
-        from optclip._core import bins
+        from optclip._core import numerics
 
-        bins.backend = lambda: "gpu"
+        numerics.backend = lambda: "gpu"
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip._core import bins, meshes, numerics
+from optclip._core import meshes, numerics, three_sums
 from optclip._core.groups import Arrays, Groups, aligned, by_block
 from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
@@ -35,12 +35,16 @@ def summed_sizes(
 
     For a GPU without a scale: from sums that hold at every magnitude.
     """
-    in_bins = scales is None and measure.power == 2 and bins.backend() == "gpu"
-    if scales is None and measure.power not in (None, 2) and bins.backend() == "gpu":
+    in_one = scales is None and measure.power == 2 and numerics.backend() == "gpu"
+    if (
+        scales is None
+        and measure.power not in (None, 2)
+        and numerics.backend() == "gpu"
+    ):
         largest = summed_sizes(groups, leaves, max_abs)
         unknown = [jnp.full_like(size, jnp.inf) for size in largest]
         scales = list(map(_largest, unknown, _edges(groups, measure), largest))
-    by_mesh: dict[meshes.MeshAxes, dict[int, Arrays]] = {}
+    by_mesh: dict[meshes.MeshAxes, dict[tuple[int, int], Arrays]] = {}
     for number, group in enumerate(groups.groups):
         scale = None if scales is None else scales[number]
         for index, axes, mesh in group.members:
@@ -48,28 +52,36 @@ def summed_sizes(
             if scale is not None and scale.ndim not in (0, leaf.ndim):
                 own = aligned(scale, leaf)
             how = axes, not groups.joint, groups.dtype
-            if in_bins:
-                total = bins.sums_of_squares(leaf, *how)
+            if in_one:
+                sums = three_sums.sums_of_squares(leaf, *how)
             else:
-                total = _reduced(leaf, own, measure.map, measure.combine, *how)
-            by_mesh.setdefault(mesh, {}).setdefault(number, []).append(total)
+                sums = [_reduced(leaf, own, measure.map, measure.combine, *how)]
+            of_mesh = by_mesh.setdefault(mesh, {})
+            for place, total in enumerate(sums):
+                of_mesh.setdefault((number, place), []).append(total)
 
-    of_groups: list[Arrays] = [[] for _ in groups.groups]
+    totals: dict[tuple[int, int], Arrays] = {}
     for mesh, parts in by_mesh.items():
-        totals = [joined(measure.combine, own) for own in parts.values()]
+        of_mesh = [joined(measure.combine, own) for own in parts.values()]
         if mesh:
-            totals = _across(measure.combine.across, totals, mesh)
-        for number, total in zip(parts, totals, strict=True):
-            of_groups[number].append(total)
-    counts = [group.count for group in groups.groups]
-    totals = [joined(measure.combine, parts) for parts in of_groups]
-    if in_bins:
-        finalize = [measure.finalize] * len(counts)
-        return list(map(bins.size, totals, finalize, counts))
-    return [
-        _size(total, None if scales is None else scales[n], measure.finalize, counts[n])
-        for n, total in enumerate(totals)
-    ]
+            of_mesh = _across(measure.combine.across, of_mesh, mesh)
+        for key, total in zip(parts, of_mesh, strict=True):
+            totals.setdefault(key, []).append(total)
+
+    edges = _edges(groups, measure) if in_one else []
+    sizes = []
+    for number, group in enumerate(groups.groups):
+        whole = [
+            joined(measure.combine, totals[number, place])
+            for place in range(3 if in_one else 1)
+        ]
+        if in_one:
+            edge = edges[number]
+            sizes.append(three_sums.size(whole, measure.finalize, group.count, edge))
+        else:
+            scale = None if scales is None else scales[number]
+            sizes.append(_size(*whole, scale, measure.finalize, group.count))
+    return sizes
 
 
 def in_doubt(
@@ -83,7 +95,7 @@ def in_doubt(
     """
     # float16's squares, and their sums, lie well inside float32's range.
     half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
-    certain = measure.power is None or half or bins.backend() == "gpu"
+    certain = measure.power is None or half or numerics.backend() == "gpu"
     if certain or not groups.groups:
         return None
     edges = _edges(groups, measure)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from optclip._core import bins, checks, meshes, numerics
+from optclip._core import checks, meshes, numerics
 from optclip._core.groupings import Grouping, in_range, per_unit
 from optclip._core.rounding import bound_towards, power_of_two, rounded, rounded_towards
 from optclip._core.types import Axes
@@ -127,7 +127,7 @@ def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
             jnp.where(ordinary, rough.value, value), jnp.where(ordinary, one, own)
         )
 
-    if bins.backend() == "gpu":  # where a choice would make the host wait
+    if numerics.backend() == "gpu":  # where a choice would make the host wait
         return again()
     return jax.lax.cond(jnp.all(ordinary), lambda: rough, again)
 
