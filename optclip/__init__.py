@@ -47,6 +47,13 @@ Initialization:
 
     initializers                  presets for Flax, and redraw for a finished model
 
+Choosing a rule and its value, from sizes that a run logged:
+
+    suggest                       which rule, and which limit, with its evidence
+    replay                        what rules would have done, without retraining
+    replay_table                  replays of several rules side by side
+    at_bound                      the share of weights that sit at their bound
+
 Numbers, selection and saved states:
 
     metrics                       what every clip in an optimizer state measured
@@ -64,11 +71,17 @@ Types, to annotate and to read:
     SkipMetrics                   the counters in it
     ProjectState                  the state of project
     Adopted                       what adopt_state returns
+    Advice                        what suggest returns
+    Replay                        what replay returns for each rule
 """
 
 from optclip import actions, groupings, initializers, measures, sets, thresholds
 from optclip._core.metrics import ClipMetrics, SkipMetrics
 from optclip._core.paths import everything, mask
+from optclip.choosing.at_bound import at_bound
+from optclip.choosing.replay import Replay, replay
+from optclip.choosing.replay_table import replay_table
+from optclip.choosing.suggest import Advice, suggest
 from optclip.clipping.clip_by import clip_by
 from optclip.clipping.engine import ClipState
 from optclip.clipping.rules.adagc import adagc
@@ -103,15 +116,18 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "Adopted",
+    "Advice",
     "ClipMetrics",
     "ClipState",
     "ProjectState",
+    "Replay",
     "SkipMetrics",
     "SkipState",
     "actions",
     "adagc",
     "adaptive_grad_clip",
     "adopt_state",
+    "at_bound",
     "autoclip",
     "clip",
     "clip_by",
@@ -137,10 +153,13 @@ __all__ = [
     "qk_clip",
     "quantile_clip",
     "record_max_logits",
+    "replay",
+    "replay_table",
     "second_moment_clip",
     "sets",
     "skip_step",
     "spike_clip",
+    "suggest",
     "thresholds",
     "zclip",
 ]

@@ -1,0 +1,1 @@
+"""Choosing a rule and its value from sizes that were logged: replay, advice, logs."""

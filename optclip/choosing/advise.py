@@ -1,0 +1,264 @@
+"""`optclip advise FILE`: the replay table and the advice for a log, in the terminal.
+
+file ──read_column──▶ sizes ──replay──▶ table,  sizes ──suggest──▶ advice
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+import optax
+
+from optclip._core import checks, measures
+from optclip._core.public import error, naming
+from optclip.choosing.logs import Column, read_column
+from optclip.choosing.replay import Replay, replay
+from optclip.choosing.replay_table import replay_table
+from optclip.choosing.suggest import LEAST_STEPS, Advice, suggest
+from optclip.clipping.rules.adagc import adagc
+from optclip.clipping.rules.autoclip import autoclip
+from optclip.clipping.rules.norm_growth_clip import norm_growth_clip
+from optclip.clipping.rules.norms import (
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_norm,
+)
+from optclip.clipping.rules.quantile_clip import quantile_clip
+from optclip.clipping.rules.spike_clip import spike_clip
+from optclip.clipping.rules.values import clip, clip_by_value
+from optclip.clipping.rules.zclip import zclip
+
+REPLAYED = 50_000  # the last steps of a longer log; of these a rule forgets the first
+PROGRESS = 250_000  # rows between two lines that say how far it is
+RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    rule.__name__: rule
+    for rule in (
+        adagc,
+        autoclip,
+        clip,
+        clip_by_block_rms,
+        clip_by_global_norm,
+        clip_by_norm,
+        clip_by_value,
+        norm_growth_clip,
+        quantile_clip,
+        spike_clip,
+        zclip,
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script; returns its exit status, 2 for what is wrong with the input.
+
+    >>> main(["advise", "no-such-file.csv"])
+    2
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with naming("optclip advise", makes=True):
+            print(_answer(options))
+    except (OSError, ImportError, ValueError) as wrong:
+        print(wrong, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("optclip", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="advise")
+    advise = commands.add_parser(
+        "advise",
+        help="which clip, and which limit, for a run that logged its gradient norms",
+        description="Reads a log (CSV, JSONL, trainer_state.json, a bare column) and "
+        "prints what rules would have done to it, and which one to use.",
+    )
+    add = advise.add_argument
+    add("file", help="the log, or - for standard input")
+    add("--column", help="its name, if it is not found by itself")
+    add("--clip-rate", type=float, default=0.05, help="share of steps to clip (0.05)")
+    add("--limit", type=float, help="the fixed limit in use, if there is one")
+    add(
+        "--rules",
+        metavar="RULES",
+        help='to replay instead of the usual ones: "spike_clip, zclip(z_threshold=3)"',
+    )
+    add(
+        "--measure",
+        choices=("l2", "max_abs"),
+        default="l2",
+        help="max_abs: the column has largest elements, for a clip by value",
+    )
+    add("--plot", metavar="FILE.png", help="draws the advice (needs matplotlib)")
+    add("--json", action="store_true", help="prints one JSON object instead of text")
+    return parser
+
+
+def _answer(options: argparse.Namespace) -> str:
+    measure = getattr(measures, options.measure)
+    with _opened(options.file) as file:
+        column = read_column(_watched(file), options.column)
+    _check(column)
+    sizes, name = column.values, column.name
+    advice = suggest(sizes, options.clip_rate, limit=options.limit, measure=measure)
+    rules = _usual(advice, options) if options.rules is None else _parsed(options.rules)
+    last = sizes[-REPLAYED:]
+    _say(
+        f"replaying {len(last):,} of {len(sizes):,} steps under {len(rules)} rules",
+        sizes,
+    )
+    found = replay(last, rules)
+    if options.plot:
+        _draw(advice, sizes, options.plot)
+    if options.json:
+        return json.dumps(_as_json(name, advice, found, len(last)), indent=2)
+    shown = f"{options.file}: {name!r}, {len(sizes):,} steps"
+    if len(last) < len(sizes):
+        shown += f"; the table is of the last {len(last):,}"
+    lines = [shown, "", replay_table(found), "", str(advice), ""]
+    return "\n".join(
+        [*lines, f"In JAX:     {advice.code}", f"In PyTorch: {_torch(advice)}"]
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        yield sys.stdin
+    else:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield file
+
+
+def _watched(file: TextIO) -> Any:
+    """The lines of a file; of a long one it says how many were read."""
+    for number, line in enumerate(file, 1):
+        if number % PROGRESS == 0:
+            print(f"optclip advise: {number:,} lines read", file=sys.stderr)
+        yield line
+
+
+def _say(message: str, sizes: np.ndarray) -> None:
+    if len(sizes) >= PROGRESS:
+        print(f"optclip advise: {message}", file=sys.stderr)
+
+
+def _check(column: Column) -> None:
+    steps, name = len(column.values), column.name
+    if steps < LEAST_STEPS:
+        raise error(
+            f"column {name!r} must have at least {LEAST_STEPS} steps, got {steps}."
+        )
+    if not np.isfinite(column.values).any():
+        raise error(
+            f"column {name!r} must have finite numbers, got none in {steps:,} steps."
+        )
+
+
+def _usual(
+    advice: Advice, options: argparse.Namespace
+) -> dict[str, optax.GradientTransformation]:
+    """The advised limit, the one in use or 1, and rules that find theirs."""
+    measure = getattr(measures, options.measure)
+    fixed = clip_by_value if options.measure == "max_abs" else clip_by_global_norm
+    limits = [advice.limit, 1.0 if options.limit is None else options.limit]
+    return {f"{fixed.__name__}({x:.4g})": fixed(x) for x in limits} | {
+        "spike_clip()": spike_clip(measure=measure),
+        "zclip()": zclip(measure=measure),
+        "quantile_clip(0.95)": quantile_clip(0.95, measure=measure),
+    }
+
+
+def _parsed(text: str) -> dict[str, optax.GradientTransformation]:
+    """Rules as a user writes them: names, or calls with numbers."""
+    try:
+        nodes = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
+    except (SyntaxError, AttributeError):
+        raise error(f"--rules must be names or calls of rules, got {text!r}.") from None
+    names = list(map(ast.unparse, nodes))
+    if len(set(names)) < len(names):
+        raise error(f"--rules must be different, got {text!r}.")
+    return dict(zip(names, map(_rule, nodes), strict=True))
+
+
+def _rule(node: ast.expr) -> optax.GradientTransformation:
+    named = node.func if isinstance(node, ast.Call) else node
+    name = named.id if isinstance(named, ast.Name) else ast.unparse(named)
+    checks.known(RULES, **{"--rules": name})
+    if not isinstance(node, ast.Call):
+        node = ast.Call(named, [], [])
+    try:
+        args = list(map(ast.literal_eval, node.args))
+        return RULES[name](
+            *args,
+            **{str(word.arg): ast.literal_eval(word.value) for word in node.keywords},
+        )
+    except TypeError as wrong:
+        raise error(f"--rules must be calls that rules take, got {wrong}.") from None
+
+
+def _torch(advice: Advice) -> str:
+    """What comes nearest in PyTorch, which has fixed limits only."""
+    by_value = (
+        advice.code.startswith("optclip.clip_by_value") or "max_abs" in advice.code
+    )
+    name = "clip_grad_value_" if by_value else "clip_grad_norm_"
+    return f"torch.nn.utils.{name}(model.parameters(), {advice.limit:.4g})"
+
+
+def _draw(advice: Advice, sizes: np.ndarray, path: str) -> None:
+    try:
+        from optclip import plot
+    except ImportError as missing:
+        raise ImportError(
+            f"optclip advise: --plot needs matplotlib ({missing})."
+        ) from None
+    figure = plot.advice(advice, sizes).figure
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _as_json(
+    name: str, advice: Advice, found: dict[str, Replay], replayed: int
+) -> dict[str, Any]:
+    return _valid(
+        {
+            "column": name,
+            **advice._asdict(),
+            "rule": advice.code,
+            "pytorch": _torch(advice),
+            "evidence": advice.evidence._asdict(),
+            "replayed_steps": replayed,
+            "replay": {name: _numbers(own) for name, own in found.items()},
+        }
+    )
+
+
+def _numbers(found: Replay) -> dict[str, Any]:
+    limits = found.limit[np.isfinite(found.limit)]
+    ends = (
+        [np.median(limits), limits.min(), limits.max()] if limits.size else [None] * 3
+    )
+    return {
+        "clip_rate": found.clip_rate,
+        "kept": found.kept,
+        "worst": found.worst,
+        "nonfinite": found.nonfinite,
+        **dict(zip(("limit", "limit_lowest", "limit_highest"), ends, strict=True)),
+    }
+
+
+def _valid(value: Any) -> Any:
+    """With null in the place of what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _valid(inner) for key, inner in value.items() if key != "code"}
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,331 @@
+"""`replay`: what a rule would have done to sizes that were logged, without retraining.
+
+    sizes ──one element a group──▶ updates ──the rule's own update──▶ sizes after it
+
+The rule runs as it is, under one `lax.scan`, on updates that have one element for each
+logged size: of one number every measure is the number itself, so the rule sees exactly
+the sizes of the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optclip._core.groupings import by_number
+from optclip._core.metrics import ClipMetrics
+from optclip._core.public import error, public
+from optclip._core.types import Tree
+from optclip.choosing.logged_sizes import Sizes, logged
+from optclip.clipping.engine import Clip
+from optclip.clipping.rules.skip_step import SkipState
+
+Rule = optax.GradientTransformation
+
+
+class Replay(NamedTuple):
+    """What one rule does to a log, as NumPy arrays of its n steps.
+
+    Attributes:
+      size: what went in, (n,), or (n, names) of a table or history.
+      out: what comes out of the rule, of the same shape.
+      limit: (n,), of the group furthest over its limit; infinity where nothing is
+        limited, NaN for a rule that tells none.
+      clipped: (n,) booleans: whether the rule clipped, or dropped, anything.
+      kept: the mean of out / size over all finite sizes that are not 0; NaN if none is.
+      worst: the largest finite size that comes out; NaN if none does.
+      nonfinite: how many steps have a size that is not finite.
+    """
+
+    size: np.ndarray
+    out: np.ndarray
+    limit: np.ndarray
+    clipped: np.ndarray
+    kept: float
+    worst: float
+    nonfinite: int
+
+    @property
+    def clip_rate(self) -> float:
+        """The share of the steps that the rule clips."""
+        return float(self.clipped.mean())
+
+    @property
+    def touched(self) -> float:
+        """The share of the finite sizes, over steps and groups, that come out changed.
+
+        Of a recorder's history these are the leaves that a rule touches.
+        """
+        finite = np.isfinite(self.size)
+        return float((self.out != self.size)[finite].mean()) if finite.any() else np.nan
+
+    def __str__(self) -> str:
+        return (
+            f"clips {self.clip_rate:.2%} of {len(self.clipped):,} steps, keeps "
+            f"{self.kept:.2%} of a step, lets at most {self.worst:.4g} pass"
+        )
+
+
+@public
+def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
+    """What rules would have done to logged sizes, step by step, without retraining.
+
+        out_t = size of rule(update of size_t),   t = 1 … n, with the rule's own state
+
+    The rules themselves run, so what a replay says of a stream of sizes is what the
+    rule does to updates of those sizes. It holds the sizes fixed: clipping changes the
+    parameters, and with them later gradients, which no log knows. It predicts how often
+    and how hard a rule clips, not losses.
+
+    Args:
+      sizes: non-negative sizes before clipping, by the measure of the rules: a column
+        (n,), such as a logged `grad_norm`; a table (n, names) with one column for each
+        leaf; or what `optclip.history` returns. NaN and infinity are steps that were
+        not finite. float64 is replayed as float32 unless JAX has x64 enabled.
+      rules: Optax transformations by name. A column is one group: for a rule of leaves,
+        such as `clip_by_norm`, the norm of one leaf. Of a history the leaves have their
+        paths, so that labels and limits by path apply. For `clip_by_value` give the
+        sizes of `monitor(measure=max_abs)`: `touched` is the share of leaves that have
+        an element over the bound.
+
+    Returns:
+      A dict from each rule's name to its `Replay`; `replay_table` shows them side by
+      side.
+
+    Edge cases: a size that is not finite comes out as the rule makes it, NaN or 0, and
+    is not learned from. It runs on the CPU where JAX has one: a step is a few numbers.
+
+    Raises:
+      ValueError: if sizes are negative, complex, empty or of another shape; there is no
+        rule, or one twice; or a rule cannot be replayed from sizes: its groups lie
+        within leaves (`per_unit`, `per_element`, `per_example`), its limits are
+        relative to parameters, or it needs an average over several leaves.
+
+    >>> import optclip
+    >>> norms = [1.0, 1.1, 0.9, 50.0, 1.0]
+    >>> found = replay(norms, {"fixed": optclip.clip_by_global_norm(2.0)})["fixed"]
+    >>> print(found.out, found.clip_rate)
+    [1.  1.1 0.9 2.  1. ] 0.2
+    """
+    known = logged(sizes)
+    _check(rules)
+    # As wide as gradients would be: `jnp.asarray` narrows float64 unless x64 is on.
+    with _on_cpu(), np.errstate(over="ignore"):
+        rows = jnp.asarray(known.sizes)
+        tree = _tree(known.names, list(range(rows.shape[1])))
+        order, shape = jax.tree_util.tree_flatten(tree)
+        blank = shape.unflatten([jnp.zeros((1,), rows.dtype) for _ in order])
+        for name, rule in rules.items():
+            _refuse(name, rule, blank)
+        found = _run(tuple(rules.values()), tuple(order), shape, rows)
+    size = np.asarray(rows)
+    return {
+        name: _summary(size, *map(np.asarray, numbers), column=known.column)
+        for name, numbers in zip(rules, found, strict=True)
+    }
+
+
+def _check(rules: Mapping[str, Rule]) -> None:
+    if not isinstance(rules, Mapping) or not rules:
+        raise error(f"rules must be a dict of at least one rule, got {rules!r}.")
+    seen: dict[Any, str] = {}
+    for name, rule in rules.items():
+        if not isinstance(rule, optax.GradientTransformation):
+            raise error(
+                f"rules[{name!r}] must be a gradient transformation, got {rule!r}."
+            )
+        if rule in seen:
+            raise error(
+                f"rules must be different, got one of them as {seen[rule]!r} and as "
+                f"{name!r}."
+            )
+        seen[rule] = name
+
+
+def _tree(names: tuple[str, ...], values: list[int]) -> Tree:
+    """Values by path, for labels and limits that go by it; flat where paths clash."""
+    if names == tuple(map(str, range(len(names)))):
+        return values[0] if len(values) == 1 else values
+    tree: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        *stem, last = name.split("/")
+        node = tree
+        for part in stem:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                return dict(zip(names, values, strict=True))
+        if last in node:
+            return dict(zip(names, values, strict=True))
+        node[last] = value
+    return tree
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    """On an accelerator every one of the many small steps would be several launches."""
+    try:
+        (cpu, *_) = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        yield
+        return
+    with jax.default_device(cpu):
+        yield
+
+
+def _refuse(name: str, rule: Rule, blank: Tree) -> None:
+    """Raises unless the sizes of the log are all that the rule looks at."""
+
+    def wrong(got: object) -> ValueError:
+        return error(
+            f"rules[{name!r}] must need nothing but the size of each leaf or of the "
+            f"whole tree, got {got}."
+        )
+
+    several = len(jax.tree_util.tree_leaves(blank)) > 1
+    clips = _clips(rule)
+    for clip in clips:
+        grouping, threshold = clip.grouping, clip.threshold
+        if grouping.label is None or not grouping.keeps_state:
+            raise wrong(f"groups of {grouping}")
+        if threshold.needs_params:
+            raise wrong("limits relative to the parameters")
+        joins = grouping.label is not by_number or threshold.needs_combined
+        if several and joins and clip.measure.averages:
+            raise wrong(
+                f"{clip.measure} of several leaves, which counts their elements"
+            )
+    try:
+        state = rule.init(blank)
+        up, _ = rule.update(jax.tree.map(lambda x: x + jnp.inf, blank), state)
+        down, _ = rule.update(jax.tree.map(lambda x: x - jnp.inf, blank), state)
+    except (TypeError, ValueError) as missing:
+        raise wrong(f"a rule that says: {missing}") from None
+    if len(_nodes(state, (ClipMetrics,))) > len(clips):
+        raise wrong("a rule that is built anew at each step; give the rule itself")
+    pairs = zip(*map(jax.tree_util.tree_leaves, (up, down)), strict=True)
+    if not all(np.array_equal(a, -b, equal_nan=True) for a, b in pairs):
+        raise wrong("a rule that treats negative and positive numbers differently")
+
+
+def _clips(rule: object) -> list[Clip]:
+    """The clips within a transformation, through the functions that hold them."""
+    found, seen, waiting = [], set(), [rule]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Clip):
+            found.append(node)
+        elif isinstance(node, tuple | list):
+            waiting += node
+        elif isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, functools.partial):
+            waiting += [node.func, node.args, node.keywords]
+        elif isinstance(node, types.MethodType):
+            own = node.__self__
+            waiting += [own if isinstance(own, Clip) else vars(own), node.__func__]
+        elif isinstance(node, types.FunctionType):
+            cells = node.__closure__ or ()
+            waiting += [cell.cell_contents for cell in cells]
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    rules: tuple[Rule, ...],
+    order: tuple[int, ...],
+    shape: jax.tree_util.PyTreeDef,
+    rows: jax.Array,
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """For each rule: sizes after it, limits, and whether it clipped, by step."""
+
+    def as_updates(row: jax.Array) -> Tree:
+        return shape.unflatten([row[index : index + 1] for index in order])
+
+    def as_row(updates: Tree) -> jax.Array:
+        joined = jnp.concatenate(jax.tree_util.tree_leaves(updates))
+        return jnp.abs(joined[np.argsort(order)])
+
+    def step(states: list[Tree], row: jax.Array) -> tuple[list[Tree], list[Any]]:
+        after, numbers = [], []
+        for rule, state in zip(rules, states, strict=True):
+            updates, new = rule.update(as_updates(row), state)
+            out = as_row(updates)
+            counts = _count(new) - _count(state)
+            limits = _limits(new)
+            if limits:
+                limit, clipped = functools.reduce(jnp.minimum, limits), counts > 0
+            else:  # flat: its bound is what it makes of infinity
+                endless, _ = rule.update(as_updates(jnp.full_like(row, jnp.inf)), state)
+                limit = jnp.max(as_row(endless))
+                clipped = (counts > 0) | jnp.any(jnp.isfinite(row) & (out != row))
+            largest = jnp.finfo(limit.dtype).max  # how metrics show that nothing limits
+            limit = jnp.where(limit < largest, limit, limit * jnp.inf)
+            after.append(new)
+            numbers.append((out, limit, clipped))
+        return after, numbers
+
+    blank = as_updates(jnp.zeros_like(rows[0]))
+    return jax.lax.scan(step, [rule.init(blank) for rule in rules], rows)[1]
+
+
+def _nodes(state: Tree, kinds: tuple[type, ...]) -> list[Any]:
+    """The parts of a state that are of some kinds; what they hold is not looked at."""
+    leaves = jax.tree_util.tree_leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def _count(state: Tree) -> jax.Array:
+    """How many steps a state has counted as clipped or dropped."""
+    total = jnp.zeros((), jnp.int32)
+    for node in _nodes(state, (ClipMetrics, SkipState)):
+        if isinstance(node, SkipState):
+            total += node.metrics.skipped_steps + _count(node.inner_state)
+        else:
+            total += node.clipped_steps
+    return total
+
+
+def _limits(state: Tree) -> list[jax.Array]:
+    return [
+        node.limit for node in _nodes(state, (ClipMetrics,)) if node.limit is not None
+    ]
+
+
+def _summary(
+    size: np.ndarray,
+    out: np.ndarray,
+    limit: np.ndarray,
+    clipped: np.ndarray,
+    column: bool,
+) -> Replay:
+    finite = np.isfinite(size)
+    known = finite & (size > 0)
+    # In float64, where the mean of many is as good as one.
+    kept = (
+        float((out[known] / size[known].astype(np.float64)).mean())
+        if known.any()
+        else np.nan
+    )
+    passed = out[finite & np.isfinite(out)]
+    if column:
+        size, out = size[:, 0], out[:, 0]
+    return Replay(
+        size,
+        out,
+        limit,
+        clipped,
+        kept,
+        worst=float(passed.max()) if passed.size else np.nan,
+        nonfinite=int((~finite).any(1).sum()),
+    )
