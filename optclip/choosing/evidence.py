@@ -77,7 +77,7 @@ def evidence(sizes: np.ndarray) -> tuple[Evidence, np.ndarray]:
     known = sizes[finite].astype(np.float64)
     positive = known[known > 0]
     logs = np.log(positive)
-    levels = _levels(logs, BLOCKS)
+    levels = _eighths(logs)
     lost = not finite[-max(3, len(sizes) // 100) :].any()
     rises = bool((np.diff(levels) > 0).mean() >= 0.85 and levels.argmin() == 0)
     growth = levels[-1] - levels[0]
@@ -115,14 +115,19 @@ def _ratio(log: float) -> float:
     return math.exp(min(log, 700.0))
 
 
-def _levels(logs: np.ndarray, blocks: int) -> np.ndarray:
-    parts = np.array_split(logs, min(blocks, len(logs)))
-    return np.array([np.median(part) for part in parts])
+def _levels(logs: np.ndarray, block: int) -> np.ndarray:
+    """The medians of consecutive blocks; steps that fill no block are left out."""
+    count = len(logs) // block
+    return np.median(logs[: count * block].reshape(count, block), axis=1)
+
+
+def _eighths(logs: np.ndarray) -> np.ndarray:
+    return _levels(logs, len(logs) // BLOCKS)
 
 
 def _drift(logs: np.ndarray) -> tuple[float, float, bool]:
     """How far levels are apart, the noise around them, and whether that is a drift."""
-    drift = float(np.ptp(_levels(logs, BLOCKS)))
+    drift = float(np.ptp(_eighths(logs)))
     noise = 1.4826 * float(np.median(np.abs(logs - _local_levels(logs))))
     return drift, noise, drift > max(math.log(DRIFT), DRIFT_NOISE * noise)
 
@@ -133,20 +138,22 @@ def _warmup(logs: np.ndarray) -> int:
     count = len(logs) // block
     if count < 10:
         return 0
-    levels = np.median(logs[: count * block].reshape(count, block), axis=1)
+    levels = _levels(logs, block)
     later = levels[count // 2 :]
     usual = np.median(later)
     spread = 1.4826 * np.median(np.abs(later - usual))
     same = np.abs(levels - usual) <= max(math.log(1.5), 4 * spread)
     first = int(np.argmax(same))
-    return first * block if first <= count // 5 else 0
+    # The block in which the level changes may have steps of both.
+    return (first + 1) * block if 0 < first < count // 5 else 0
 
 
 def _local_levels(logs: np.ndarray) -> np.ndarray:
     """The median of the steps around, by blocks and straight lines between them."""
-    count = max(len(logs) // WINDOW, 1)
-    centres = (np.arange(count) + 0.5) * len(logs) / count
-    return np.interp(np.arange(len(logs)) + 0.5, centres, _levels(logs, count))
+    block = min(WINDOW, len(logs))
+    levels = _levels(logs, block)
+    centres = block * (np.arange(len(levels)) + 0.5)
+    return np.interp(np.arange(len(logs)) + 0.5, centres, levels)
 
 
 def _tail(above: np.ndarray) -> float:

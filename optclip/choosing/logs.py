@@ -56,9 +56,9 @@ def read_column(file: TextIO, wanted: str | None = None) -> Column:
             continue
         values.append(_number(cell, name, number))
         runs.add(row.get("run_id"))
-        step = row.get(stepped)
-        if step not in (None, ""):
-            steps.append(_number(step, str(stepped), number))
+        step = row.get(stepped) if stepped else None
+        if stepped and step not in (None, ""):
+            steps.append(_number(step, stepped, number))
     if len(runs) > 1:
         raise error(
             f"file must hold one run, got {len(runs)} of them under 'run_id'; export "
