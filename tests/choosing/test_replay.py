@@ -45,8 +45,8 @@ def test_a_schedule_and_a_wrapper():
         "skip": optclip.skip_step(TWO, 3.0),
     }
     found = optclip.replay([1.0, 4.0, 2.5], rules)
-    np.testing.assert_array_equal(found["schedule"].out, [1, 2, 1])
-    np.testing.assert_array_equal(found["schedule"].limit, [3, 2, 1])
+    np.testing.assert_allclose(found["schedule"].out, [1, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(found["schedule"].limit, [3, 2, 1], rtol=1e-6)
     np.testing.assert_array_equal(found["masked"].limit[:1], [np.inf])
     np.testing.assert_array_equal(found["chain"].out, [0.5, 1, 1])
     np.testing.assert_array_equal(found["skip"].out, [1, 0, 2])

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 
 import optclip
 from optclip import measures
-from optclip._core.metrics import ClipMetrics
 from tests.laws.table import ROWS, Row, rows
 
 SHAPES = {"dense": {"bias": (4,), "kernel": (3, 4)}, "head": (5,)}
@@ -132,5 +130,3 @@ def test_a_column_is_one_group(quick_compiles: None):
     np.testing.assert_array_equal(
         found.clipped, np.diff(metrics["clipped_steps"], prepend=0) > 0
     )
-    assert isinstance(rule.init(jnp.zeros(1)).metrics, ClipMetrics)
-    chex.assert_tree_all_finite(found.kept)
