@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib
 import json
 import math
 import sys
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("optclip", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("optclip")
     commands = parser.add_subparsers(required=True, metavar="advise")
     advise = commands.add_parser(
         "advise",
@@ -170,7 +171,8 @@ def _usual(
     measure = getattr(measures, options.measure)
     fixed = clip_by_value if options.measure == "max_abs" else clip_by_global_norm
     limits = [advice.limit, 1.0 if options.limit is None else options.limit]
-    return {f"{fixed.__name__}({x:.4g})": fixed(x) for x in limits} | {
+    return {
+        **{f"{fixed.__name__}({x:.4g})": fixed(x) for x in limits},
         "spike_clip()": spike_clip(measure=measure),
         "zclip()": zclip(measure=measure),
         "quantile_clip(0.95)": quantile_clip(0.95, measure=measure),
@@ -216,7 +218,7 @@ def _torch(advice: Advice) -> str:
 
 def _draw(advice: Advice, sizes: np.ndarray, path: str) -> None:
     try:
-        from optclip import plot
+        plot = importlib.import_module("optclip.plot")  # which imports matplotlib
     except ImportError as missing:
         raise ImportError(
             f"optclip advise: --plot needs matplotlib ({missing})."

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from optclip._core.measures import MAX, Measure
 from optclip._core.public import error

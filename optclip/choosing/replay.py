@@ -244,7 +244,7 @@ def _clips(rule: object) -> list[Clip]:
 def _run(
     rules: tuple[Rule, ...],
     order: tuple[int, ...],
-    shape: jax.tree_util.PyTreeDef,
+    shape: Any,  # a PyTreeDef
     rows: jax.Array,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """For each rule: sizes after it, limits, and whether it clipped, by step."""

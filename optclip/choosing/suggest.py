@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from optclip._core import checks
 from optclip._core.measures import Measure, l2, max_abs
@@ -62,7 +61,7 @@ def suggest(
     sizes: Sizes,
     clip_rate: float = 0.05,
     *,
-    limit: ArrayLike | None = None,
+    limit: float | None = None,
     measure: Measure = l2,
 ) -> Advice:
     """Advises a rule and its limit for a run, from the sizes that it logged.
@@ -128,10 +127,10 @@ def suggest(
     rule, code = _rule(verdict, case.at.limit, measure)
     sentences = [_SENTENCES[verdict](case, code)]
     if limit is not None:
-        over = float((column[np.isfinite(column)] > float(limit)).mean())
+        over = float((column[np.isfinite(column)] > limit).mean())
         if over == 0 or over >= 0.95:
             verdict = "always binds" if over else "never binds"
-            sentences.insert(0, _binds(case, float(limit), over))
+            sentences.insert(0, _binds(case, limit, over))
     text = " ".join([*sentences, *_notes(case, sizes)])
     return Advice(*case.at, verdict, rule, text, code, clip_rate, found)
 

@@ -1,6 +1,5 @@
 """Replay's summary and what it refuses; what it says of rules is law 14's."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 
 import optclip
 from optclip import groupings, measures, thresholds
+from tests.choosing.histories import Recorded
 
 SIZES = [1.0, 4.0, np.nan, 0.0, 2.0]
 TWO = optclip.clip_by_global_norm(2.0)
@@ -55,7 +55,7 @@ def test_a_schedule_and_a_wrapper():
 
 def test_labels_and_limits_go_by_the_paths_of_a_history():
     names = ("enc/a", "head", "enc/b")
-    history = SimpleNamespace(names=names, sizes=np.full((2, 3), 4.0), size=np.ones(2))
+    history = Recorded(names=names, sizes=np.full((2, 3), 4.0), size=np.ones(2))
     rules = {
         "label": optclip.clip_by(
             5.0, grouping=groupings.per_label({"enc": "e", "head": "h"})
@@ -71,7 +71,7 @@ def test_labels_and_limits_go_by_the_paths_of_a_history():
     np.testing.assert_allclose(found["path"].out[1], [1, 3, 1], rtol=1e-6)
     assert found["path"].touched == 1
     # Paths of which one is the start of another stay apart.
-    clash = SimpleNamespace(names=("a", "a/b"), sizes=np.full((1, 2), 4.0), size=SIZES)
+    clash = Recorded(names=("a", "a/b"), sizes=np.full((1, 2), 4.0), size=np.ones(1))
     assert optclip.replay(clash, {"two": TWO})["two"].out.shape == (1, 2)
 
 
@@ -136,7 +136,7 @@ NOTHING = (
     ],
 )
 def test_what_cannot_be_replayed(rule: Any, message: str):
-    history = SimpleNamespace(names=("a", "b"), sizes=np.ones((2, 2)), size=np.ones(2))
+    history = Recorded(names=("a", "b"), sizes=np.ones((2, 2)), size=np.ones(2))
     with pytest.raises(ValueError, match=f"^replay: {message}"):
         optclip.replay(history, {"r": rule})
 
@@ -160,7 +160,7 @@ def test_averages_of_single_leaves_are_replayed():
         ([], {"a": TWO}, r"sizes must be .* got shape \(0,\)"),
         (jnp.ones((1, 1, 1)), {"a": TWO}, r"sizes must be .* got shape \(1, 1, 1\)"),
         (
-            SimpleNamespace(names=("a", "a"), sizes=np.ones((3, 2)), size=np.ones(3)),
+            Recorded(names=("a", "a"), sizes=np.ones((3, 2)), size=np.ones(3)),
             {"a": TWO},
             "must have one name for each column, got 2 names, 1 of them different",
         ),

@@ -1,6 +1,5 @@
 """Law 14: what replay says of sizes is what the rule does to updates of those sizes."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 
 import optclip
 from optclip import measures
+from tests.choosing.histories import Recorded
 from tests.laws.table import ROWS, Row, rows
 
 SHAPES = {"dense": {"bias": (4,), "kernel": (3, 4)}, "head": (5,)}
@@ -83,7 +83,7 @@ def test_replay_is_what_the_rule_does(row: Row, quick_compiles: None):
             optclip.replay(np.ones((STEPS, 3)), {"rule": rule})
         return
     size, out, metrics = really(rule, stream(), measure)
-    history = SimpleNamespace(names=NAMES, sizes=size, size=size.max(1))
+    history = Recorded(names=NAMES, sizes=size, size=size.max(1))
     found = optclip.replay(history, {"rule": rule})["rule"]
     np.testing.assert_array_equal(found.size, size)
     np.testing.assert_allclose(found.out, out, rtol=3e-5)
