@@ -139,7 +139,7 @@ def _opened(path: str) -> Iterator[TextIO]:
             yield file
 
 
-def _watched(file: TextIO) -> Any:
+def _watched(file: TextIO) -> Iterator[str]:
     """The lines of a file; of a long one it says how many were read."""
     for number, line in enumerate(file, 1):
         if number % PROGRESS == 0:
@@ -229,7 +229,7 @@ def _draw(advice: Advice, sizes: np.ndarray, path: str) -> None:
 
 def _as_json(
     name: str, advice: Advice, found: dict[str, Replay], replayed: int
-) -> dict[str, Any]:
+) -> object:
     return _valid(
         {
             "column": name,
@@ -257,7 +257,7 @@ def _numbers(found: Replay) -> dict[str, Any]:
     }
 
 
-def _valid(value: Any) -> Any:
+def _valid(value: object) -> object:
     """With null in the place of what JSON has no number for."""
     if isinstance(value, dict):
         return {key: _valid(inner) for key, inner in value.items() if key != "code"}

@@ -35,11 +35,15 @@ Sizes: TypeAlias = ArrayLike | Recorded
 
 
 class Logged(NamedTuple):
-    """Sizes of steps × groups in float32 or float64; a column has one unnamed group."""
+    """Sizes of steps × groups in float32 or float64; a column has one unnamed group.
+
+    `measure` is the name of theirs, if a history says it.
+    """
 
     names: tuple[str, ...]
     sizes: np.ndarray
     column: bool
+    measure: str | None = None
 
 
 def logged(sizes: Sizes) -> Logged:
@@ -50,6 +54,11 @@ def logged(sizes: Sizes) -> Logged:
         shape, or if a history's names do not fit them.
     """
     names = getattr(sizes, "names", None)
+    if getattr(sizes, "parts", None) == "units":
+        raise error(
+            "sizes must be those of leaves or groups, got those of single units of "
+            "each leaf."
+        )
     found = _table(sizes.sizes if names is not None else sizes)  # type: ignore[union-attr]
     column = found.ndim == 1
     table = found[:, None] if column else found
@@ -60,7 +69,7 @@ def logged(sizes: Sizes) -> Logged:
             f"sizes must have one name for each column, got {len(names)} names, "
             f"{len(set(names))} of them different, for {table.shape[1]} columns."
         )
-    return Logged(tuple(names), table, column)
+    return Logged(tuple(names), table, column, getattr(sizes, "measure", None))
 
 
 def combined(sizes: Sizes, measure: Measure) -> np.ndarray:
@@ -70,6 +79,9 @@ def combined(sizes: Sizes, measure: Measure) -> np.ndarray:
       ValueError: as `logged`; if means of several groups would have to be joined.
     """
     if hasattr(sizes, "names"):
+        of = getattr(sizes, "measure", repr(measure))
+        if of != repr(measure):
+            raise error(f"measure must be that of the sizes, {of}, got {measure}.")
         return logged(sizes.size).sizes[:, 0]  # type: ignore[union-attr]
     table = logged(sizes).sizes
     if table.shape[1] == 1:

@@ -18,11 +18,12 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from optclip._core.public import error
+from optclip._core.types import Tree
 
 NORM = re.compile(r"grad(ient)?s?[ _./-]*(global[ _./-]*)?norm|gnorm|global_norm", re.I)
 STEPS = ("step", "_step", "global_step", "trainer/global_step")
@@ -37,14 +38,14 @@ class Column(NamedTuple):
     values: np.ndarray
 
 
-def read_column(file: TextIO, wanted: str | None = None) -> Column:
+def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     """The wanted column of a log, or the one that looks like a gradient norm.
 
     Raises:
       ValueError: if there is no such column, several that could be meant, several runs
         in it, or no numbers.
     """
-    rows = _rows(file)
+    rows = _rows(lines)
     head = list(itertools.islice(rows, HEAD))
     names = list(dict.fromkeys(name for row in head for name in row))
     name = _found(names, wanted)
@@ -91,20 +92,18 @@ def _found(names: list[str], wanted: str | None) -> str:
     )
 
 
-def _number(cell: Any, name: str, row: int) -> float:
+def _number(cell: object, name: str, row: int) -> float:
     try:
-        if isinstance(cell, bool):
-            raise ValueError
-        return float(cell)
-    except (TypeError, ValueError):
+        return float(str(cell))  # so that true is no number
+    except ValueError:
         raise error(
             f"column {name!r} must hold numbers, got {cell!r} in row {row:,}."
         ) from None
 
 
-def _rows(file: TextIO) -> Iterator[Row]:
+def _rows(lines: Iterable[str]) -> Iterator[Row]:
     """The rows of any of the formats, told by the first line that is not empty."""
-    lines = (line for line in file if line.strip())
+    lines = (line for line in lines if line.strip())
     first = next(lines, "").lstrip("\ufeff")
     lines = itertools.chain([first], lines)
     if first.lstrip().startswith(("{", "[")):
@@ -151,7 +150,7 @@ def _json(first: str, lines: Iterable[str]) -> Iterator[Row]:
     return (_flat(row) if isinstance(row, dict) else {BARE: row} for row in document)
 
 
-def _document(text: str) -> Any:
+def _document(text: str) -> Tree:
     try:
         return json.loads(text)
     except json.JSONDecodeError as wrong:

@@ -105,9 +105,10 @@ def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
 
     Raises:
       ValueError: if sizes are negative, complex, empty or of another shape; there is no
-        rule, or one twice; or a rule cannot be replayed from sizes: its groups lie
-        within leaves (`per_unit`, `per_element`, `per_example`), its limits are
-        relative to parameters, or it needs an average over several leaves.
+        rule, or one twice; a rule measures otherwise than the history did; or a rule
+        cannot be replayed from sizes: its groups lie within leaves (`per_unit`,
+        `per_element`, `per_example`), its limits are relative to parameters, or it
+        needs an average over several leaves.
 
     >>> import optclip
     >>> norms = [1.0, 1.1, 0.9, 50.0, 1.0]
@@ -120,12 +121,11 @@ def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
     # As wide as gradients would be: `jnp.asarray` narrows float64 unless x64 is on.
     with _on_cpu(), np.errstate(over="ignore"):
         rows = jnp.asarray(known.sizes)
-        tree = _tree(known.names, list(range(rows.shape[1])))
-        order, shape = jax.tree_util.tree_flatten(tree)
+        order, shape = jax.tree_util.tree_flatten(_tree(known.names))
         blank = shape.unflatten([jnp.zeros((1,), rows.dtype) for _ in order])
         for name, rule in rules.items():
-            _refuse(name, rule, blank)
-        found = _run(tuple(rules.values()), tuple(order), shape, rows)
+            _refuse(name, rule, blank, known.measure)
+        found = _run(tuple(rules.values()), known.names, rows)
     size = np.asarray(rows)
     return {
         name: _summary(size, *map(np.asarray, numbers), column=known.column)
@@ -150,21 +150,22 @@ def _check(rules: Mapping[str, Rule]) -> None:
         seen[rule] = name
 
 
-def _tree(names: tuple[str, ...], values: list[int]) -> Tree:
-    """Values by path, for labels and limits that go by it; flat where paths clash."""
-    if names == tuple(map(str, range(len(names)))):
-        return values[0] if len(values) == 1 else values
+def _tree(names: tuple[str, ...]) -> Tree:
+    """Each column's number by path, for labels and limits; flat where paths clash."""
+    numbers = list(range(len(names)))
+    if names == tuple(map(str, numbers)):
+        return numbers[0] if len(numbers) == 1 else numbers
     tree: dict[str, Any] = {}
-    for name, value in zip(names, values, strict=True):
+    for name, number in zip(names, numbers, strict=True):
         *stem, last = name.split("/")
         node = tree
         for part in stem:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                return dict(zip(names, values, strict=True))
+                return dict(zip(names, numbers, strict=True))
         if last in node:
-            return dict(zip(names, values, strict=True))
-        node[last] = value
+            return dict(zip(names, numbers, strict=True))
+        node[last] = number
     return tree
 
 
@@ -180,7 +181,7 @@ def _on_cpu() -> Iterator[None]:
         yield
 
 
-def _refuse(name: str, rule: Rule, blank: Tree) -> None:
+def _refuse(name: str, rule: Rule, blank: Tree, measure: str | None) -> None:
     """Raises unless the sizes of the log are all that the rule looks at."""
 
     def wrong(got: object) -> ValueError:
@@ -197,6 +198,11 @@ def _refuse(name: str, rule: Rule, blank: Tree) -> None:
             raise wrong(f"groups of {grouping}")
         if threshold.needs_params:
             raise wrong("limits relative to the parameters")
+        if measure not in (None, repr(clip.measure)):
+            raise error(
+                f"rules[{name!r}] must measure as the history did, by {measure}, got "
+                f"{clip.measure}."
+            )
         joins = grouping.label is not by_number or threshold.needs_combined
         if several and joins and clip.measure.averages:
             raise wrong(
@@ -240,14 +246,14 @@ def _clips(rule: object) -> list[Clip]:
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
     rules: tuple[Rule, ...],
-    order: tuple[int, ...],
-    shape: Any,  # a PyTreeDef
+    names: tuple[str, ...],
     rows: jax.Array,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """For each rule: sizes after it, limits, and whether it clipped, by step."""
+    order, shape = jax.tree_util.tree_flatten(_tree(names))
 
     def as_updates(row: jax.Array) -> Tree:
         return shape.unflatten([row[index : index + 1] for index in order])

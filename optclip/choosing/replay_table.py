@@ -33,9 +33,9 @@ def replay_table(replays: Mapping[str, Replay]) -> str:
     >>> rules = {"1": optclip.clip_by_global_norm(1.0), "spike": optclip.spike_clip()}
     >>> print(replay_table(optclip.replay([1.0, 1.2, 9.0, 1.1], rules)))
     4 steps, 0 of them not finite; sizes from 1 to 9, median 1.15
-    rule   clipped     kept  largest  limit  lowest  highest
-    1       75.0 %   71.3 %        1      1       1        1
-    spike   25.0 %   80.1 %      1.83   1.83    1.75     1.94
+    rule   clipped    kept  largest  limit  lowest  highest
+    1       75.0 %  71.3 %        1      1       1        1
+    spike   25.0 %  79.7 %      1.7    1.8     1.7     2.42
     Sizes are held fixed: this predicts how often a rule clips, not losses.
     """
     if not replays:

@@ -9,3 +9,5 @@ class Recorded(NamedTuple):
     names: tuple[str, ...]
     sizes: np.ndarray
     size: np.ndarray
+    measure: str = "l2"
+    parts: str = "leaves"

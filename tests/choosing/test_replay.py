@@ -141,6 +141,32 @@ def test_what_cannot_be_replayed(rule: Any, message: str):
         optclip.replay(history, {"r": rule})
 
 
+@pytest.mark.parametrize(
+    ("measure", "parts", "message"),
+    [
+        (
+            "rms",
+            "leaves",
+            r"rules\['two'\] must measure as the history did, by rms, got l2",
+        ),
+        (
+            "l2",
+            "units",
+            "sizes must be those of leaves or groups, got those of single un",
+        ),
+    ],
+)
+def test_what_a_history_says_of_itself(measure: str, parts: str, message: str):
+    history = Recorded(("a", "b"), np.ones((60, 2)), np.ones(60), measure, parts)
+    with pytest.raises(ValueError, match=f"^replay: {message}"):
+        optclip.replay(history, {"two": TWO})
+    if measure == "rms":
+        with pytest.raises(
+            ValueError, match="suggest: measure must be that of the size"
+        ):
+            optclip.suggest(history)
+
+
 def test_averages_of_single_leaves_are_replayed():
     found = optclip.replay(
         np.full((2, 2), 3.0), {"rms": optclip.clip_by_block_rms(1.0)}

@@ -83,7 +83,7 @@ def test_replay_is_what_the_rule_does(row: Row, quick_compiles: None):
             optclip.replay(np.ones((STEPS, 3)), {"rule": rule})
         return
     size, out, metrics = really(rule, stream(), measure)
-    history = Recorded(names=NAMES, sizes=size, size=size.max(1))
+    history = Recorded(NAMES, size, size.max(1), repr(measure))
     found = optclip.replay(history, {"rule": rule})["rule"]
     np.testing.assert_array_equal(found.size, size)
     np.testing.assert_allclose(found.out, out, rtol=3e-5)
