@@ -54,11 +54,6 @@ def logged(sizes: Sizes) -> Logged:
         shape, or if a history's names do not fit them.
     """
     names = getattr(sizes, "names", None)
-    if getattr(sizes, "parts", None) == "units":
-        raise error(
-            "sizes must be those of leaves or groups, got those of single units of "
-            "each leaf."
-        )
     found = _table(sizes.sizes if names is not None else sizes)  # type: ignore[union-attr]
     column = found.ndim == 1
     table = found[:, None] if column else found

@@ -117,6 +117,11 @@ def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
     [1.  1.1 0.9 2.  1. ] 0.2
     """
     known = logged(sizes)
+    if getattr(sizes, "parts", None) == "units":
+        raise error(
+            "sizes must be those of leaves or groups, got those of single units of "
+            "each leaf."
+        )
     _check(rules)
     # As wide as gradients would be: `jnp.asarray` narrows float64 unless x64 is on.
     with _on_cpu(), np.errstate(over="ignore"):
@@ -239,7 +244,8 @@ def _clips(rule: object) -> list[Clip]:
             waiting += [node.func, node.args, node.keywords]
         elif isinstance(node, types.MethodType):
             own = node.__self__
-            waiting += [own if isinstance(own, Clip) else vars(own), node.__func__]
+            held = own if isinstance(own, Clip) else getattr(own, "__dict__", ())
+            waiting += [held, node.__func__]
         elif isinstance(node, types.FunctionType):
             cells = node.__closure__ or ()
             waiting += [cell.cell_contents for cell in cells]

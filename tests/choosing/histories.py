@@ -9,5 +9,5 @@ class Recorded(NamedTuple):
     names: tuple[str, ...]
     sizes: np.ndarray
     size: np.ndarray
-    measure: str = "l2"
+    measure: str | None = "l2"
     parts: str = "leaves"

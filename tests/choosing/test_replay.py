@@ -136,7 +136,7 @@ NOTHING = (
     ],
 )
 def test_what_cannot_be_replayed(rule: Any, message: str):
-    history = Recorded(names=("a", "b"), sizes=np.ones((2, 2)), size=np.ones(2))
+    history = Recorded(("a", "b"), np.ones((2, 2)), np.ones(2), measure=None)
     with pytest.raises(ValueError, match=f"^replay: {message}"):
         optclip.replay(history, {"r": rule})
 
@@ -160,7 +160,9 @@ def test_what_a_history_says_of_itself(measure: str, parts: str, message: str):
     history = Recorded(("a", "b"), np.ones((60, 2)), np.ones(60), measure, parts)
     with pytest.raises(ValueError, match=f"^replay: {message}"):
         optclip.replay(history, {"two": TWO})
-    if measure == "rms":
+    if parts == "units":  # whose `size` is what the limit was compared with
+        assert optclip.suggest(history).limit == 1
+    else:
         with pytest.raises(
             ValueError, match="suggest: measure must be that of the size"
         ):
