@@ -35,12 +35,10 @@ def summed_sizes(
 
     For a GPU without a scale: from sums that hold at every magnitude.
     """
-    in_one = scales is None and measure.power == 2 and numerics.backend() == "gpu"
-    if (
-        scales is None
-        and measure.power not in (None, 2)
-        and numerics.backend() == "gpu"
-    ):
+    in_one = scales is None and numerics.backend() == "gpu"
+    in_one = in_one and _fits_one_pass(groups, leaves, measure)
+    if in_one and measure.power != 2:
+        in_one = False
         largest = summed_sizes(groups, leaves, max_abs)
         unknown = [jnp.full_like(size, jnp.inf) for size in largest]
         scales = list(map(_largest, unknown, _edges(groups, measure), largest))
@@ -84,6 +82,16 @@ def summed_sizes(
     return sizes
 
 
+def _fits_one_pass(groups: Groups, leaves: Arrays, measure: Measure) -> bool:
+    """Whether a GPU sums at three scales: whole leaves, or elements, but not units.
+
+    XLA:GPU writes the squares of all scales but one to memory where it sums columns.
+    """
+    members = [member for group in groups.groups for member in group.members]
+    whole = (len(m.axes) in (0, jnp.ndim(leaves[m.index])) for m in members)
+    return measure.power is not None and all(whole)
+
+
 def in_doubt(
     groups: Groups, leaves: Arrays, measure: Measure, rough: Arrays, known: Arrays
 ) -> jax.Array | None:
@@ -95,8 +103,9 @@ def in_doubt(
     """
     # float16's squares, and their sums, lie well inside float32's range.
     half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
-    certain = measure.power is None or half or numerics.backend() == "gpu"
-    if certain or not groups.groups:
+    if measure.power is None or half or not groups.groups:
+        return None
+    if numerics.backend() == "gpu" and _fits_one_pass(groups, leaves, measure):
         return None
     edges = _edges(groups, measure)
     if groups.joint:

@@ -36,31 +36,22 @@ def sums_of_squares(
     """The three sums; a complex element counts by its modulus."""
     x = numerics.for_measuring(x, wide)
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    top = 2.0 ** (int(jnp.finfo(wide).maxexp) - 2)
+
+    def square(part: jax.Array, scale: float) -> jax.Array:
+        if scale == 1:
+            return jnp.square(part)
+        # The minimum changes no sum that is used. Without it XLA would square the scale
+        # apart, to infinity or zero, and what is not used would have such derivatives.
+        return jnp.square(jnp.minimum(jnp.abs(part * scale), top))
+
     found = []
     for scale in scales(wide):
-        squares = functools.reduce(jnp.add, (_square(part, scale) for part in parts))
+        squares = functools.reduce(jnp.add, [square(part, scale) for part in parts])
         if axes:
             squares = jnp.sum(squares, axis=axes, keepdims=keepdims)
         found.append(squares)
     return found
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _square(x: jax.Array, scale: float) -> jax.Array:
-    return jnp.square(x * scale)
-
-
-@_square.defjvp
-def _square_jvp(
-    scale: float, primals: Arrays, tangents: Arrays
-) -> tuple[jax.Array, jax.Array]:
-    (x,), (d_x,) = primals, tangents
-    scaled = x * scale
-    # A sum that is not used has a cotangent of zero, which infinity would make NaN.
-    slope = 2 * scaled
-    slope = jnp.where(jnp.isfinite(slope) | ~jnp.isfinite(x), slope, 0)
-    # Each factor apart: XLA would make one constant of both scales, which is zero.
-    return jnp.square(scaled), slope * (d_x * scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
