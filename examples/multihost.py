@@ -113,10 +113,10 @@ def batch(step: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     y *= 1000 if step in SPIKES else 1
     if step == NAN:
         x[-1, 0] = np.nan
-    sharding = NamedSharding(mesh, P("data"))
-    return tuple(
-        jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
-        for whole in (x, y)
+    sharding, shape = NamedSharding(mesh, P("data")), x.shape
+    return (
+        jax.make_array_from_callback(shape, sharding, x.__getitem__),
+        jax.make_array_from_callback(shape, sharding, y.__getitem__),
     )
 
 
