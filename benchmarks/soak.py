@@ -190,7 +190,7 @@ def lost(tree: Any) -> jax.Array:
 def skips(kinds: np.ndarray, max_consecutive: int = 10) -> int:
     """How many steps `skip_step(inner, LIMIT)` drops."""
     dropped = in_a_row = 0
-    for kind in kinds:
+    for kind in kinds.tolist():
         bad = kind in (NAN, INFINITY)
         drop = bad or (kind == SPIKE and in_a_row < max_consecutive)
         dropped, in_a_row = dropped + drop, in_a_row + 1 if drop else 0
@@ -233,22 +233,19 @@ def faults(found: Soaked) -> list[str]:
     return wrong
 
 
-def save(found: Soaked) -> None:
-    """The numbers of a run, where `load` finds them."""
-    about = found._asdict() | {
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "optax")
-        }
-    }
+def save(found: Soaked, path: pathlib.Path = RESULTS) -> None:
+    """The numbers of a run, one row a line, where `load` finds them."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "optax")}
+    about = found._asdict() | {"versions": versions}
     rows = about.pop("rows")
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()]
     text = json.dumps(about)[:-1] + ', "rows": {\n' + ",\n".join(lines) + "\n}}\n"
-    RESULTS.write_text(text)
+    path.write_text(text)
 
 
-def load() -> Soaked:
+def load(path: pathlib.Path = RESULTS) -> Soaked:
     """The numbers that were saved."""
-    numbers = json.loads(RESULTS.read_text())
+    numbers = json.loads(path.read_text())
     return Soaked(**{name: numbers[name] for name in Soaked._fields})
 
 

@@ -228,7 +228,7 @@ def run(
                 process.kill()
                 process.communicate()
         errors.seek(0)
-        if any(codes) or not all(int(own[-1]["step"]) == steps for own in said if own):
+        if any(codes) or any(not own or int(own[-1]["step"]) != steps for own in said):
             sys.exit(f"A process ended early.\n{errors.read()}")
     return said
 
@@ -258,15 +258,17 @@ def furthest(losses: dict[int, str], alone: dict[int, str]) -> float:
 
 def show(output: pathlib.Path) -> None:
     """The run alone, in a group that is killed and resumed, and moved."""
-    shutil.rmtree(output, ignore_errors=True)
+    by_itself, together = output / "one-process", output / "two-processes"
+    for folder in (by_itself, together):  # of an earlier run
+        shutil.rmtree(folder, ignore_errors=True)
     print("One process of one device ...", flush=True)
-    (alone,) = run(1, 1, output / "alone", STEPS)
+    (alone,) = run(1, 1, by_itself, STEPS)
     print("Two processes of two devices, to be killed ...", flush=True)
-    killed = run(2, 2, output / "group", KILLED_AT, kill=True)
+    killed = run(2, 2, together, KILLED_AT, kill=True)
     print("The same, resumed ...", flush=True)
-    resumed = run(2, 2, output / "group", 2 * SAVE_EVERY)
+    resumed = run(2, 2, together, 2 * SAVE_EVERY)
     print("One process of six devices, resumed once more ...\n", flush=True)
-    (moved,) = run(1, 6, output / "group", STEPS)
+    (moved,) = run(1, 6, together, STEPS)
 
     notes = {
         1: "",
@@ -307,7 +309,7 @@ def show(output: pathlib.Path) -> None:
         print(f"History at step {step}: saved {saved}, restored {', '.join(found)}.")
     difference = furthest(losses[2], by_one)
     print(f"Losses of six devices: within {difference:.1e} of those of one device.")
-    print(f"\nThe checkpoints are in {output / 'group'}")
+    print(f"\nThe checkpoints are in {together}")
 
 
 def main() -> None:

@@ -30,6 +30,12 @@ def test_a_wrong_count_would_be_noticed(found):
     assert soak.faults(found._replace(alive=[*found.alive, found.alive[0] + 1]))
 
 
+def test_what_is_saved_is_what_was_found(found, tmp_path):
+    path = tmp_path / "soak.json"
+    soak.save(found, path)
+    assert soak.load(path) == found
+
+
 def test_the_committed_run_was_long_and_found_no_fault():
     committed = soak.load()
     assert committed.steps >= 20_000
