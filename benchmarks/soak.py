@@ -91,7 +91,7 @@ class Soak:
         axes = (AxisType.Auto,) * 2
         devices = jax.devices("cpu")[:DEVICES]
         shape = DEVICES // 2, 2
-        mesh = jax.make_mesh(shape, ("data", "model"), axes, devices=devices)
+        mesh = jax.make_mesh(shape, ("data", "model"), axis_types=axes, devices=devices)
         self.shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
 
     def start(self, params: Any) -> Any:

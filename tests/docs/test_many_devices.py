@@ -40,8 +40,8 @@ def _standard_promotion():
 
 
 def on(devices: list[Any], spec: P) -> NamedSharding:
-    auto = (AxisType.Auto,)
-    mesh = jax.make_mesh((len(devices),), ("data",), auto, devices=devices)
+    shape, auto = (len(devices),), (AxisType.Auto,)
+    mesh = jax.make_mesh(shape, ("data",), axis_types=auto, devices=devices)
     return NamedSharding(mesh, spec)
 
 
