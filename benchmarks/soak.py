@@ -1,7 +1,7 @@
 """A long run of every rule and set: no leak, no second compilation, exact counters.
 
-    python -m benchmarks.soak                       20,000 steps, half an hour
-    python -m benchmarks.soak --save              also renew benchmarks/results
+    python -m benchmarks.soak            20,000 steps, half an hour on two busy cores
+    python -m benchmarks.soak --save     also renew benchmarks/results
 
 All rows of the laws' table take one jitted step together on a mesh of eight CPU
 devices, over and over. Each step draws one random tree: ordinary, zero, a spike, or
