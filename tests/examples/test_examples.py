@@ -59,6 +59,7 @@ def rows(lines: list[str], of: str = "rule", width: int = 32) -> dict[str, str]:
 def test_every_example_is_tested():
     tested = {
         "deep_init.py",
+        "multihost.py",  # in a file of its own
         "regression.py",
         "transformer_spikes.py",
         "wgan_digits.py",
