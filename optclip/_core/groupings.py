@@ -50,7 +50,8 @@ class Grouping(Part):
       label: a leaf's place (its `number` in the tree and its `path`) to what leaves of
         one group share, or None for groups within a leaf.
       sums: whether groups extend over the mesh axes that a leaf varies over; None if a
-        leaf's type cannot say (units: which dimension is sharded is not in a type).
+        leaf's type cannot say (units and examples: which dimension is sharded is not in
+        a type).
       named: whether groups have names that limits can refer to: their labels, or the
         paths of their leaves where labels are numbers.
       keeps_state: whether a group means the same at every step.
@@ -150,13 +151,18 @@ def per_example() -> Grouping:
 
     For gradients of single examples, shape (batch, *parameter.shape). Only thresholds
     without state go with it: example 3 of this batch is not example 3 of the next.
+    Inside `shard_map`, `axis_name` names the mesh axes that one example is split over,
+    as those of its parameters; an axis that splits the batch is none, and `()` says
+    that every device has whole examples.
 
     Returns:
       The grouping.
 
     Raises:
       ValueError: at update, if a leaf has no leading axis, is of integers, or leaves
-        differ in their leading axis; in `clip_by`, if the threshold has state.
+        differ in their leading axis; inside `shard_map`, if a leaf varies over a mesh
+        axis and `axis_name` does not say whether examples do; in `clip_by`, if the
+        threshold has state.
 
     >>> import jax.numpy as jnp, optclip
     >>> tx = optclip.clip_by(1.0, grouping=per_example())
@@ -176,7 +182,7 @@ def per_example() -> Grouping:
             )
         return tuple(range(1, len(shape)))
 
-    return Grouping(axes, lambda leaf: "", False, keeps_state=False, integers=False)
+    return Grouping(axes, lambda leaf: "", None, keeps_state=False, integers=False)
 
 
 @public

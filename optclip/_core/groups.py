@@ -195,10 +195,11 @@ def mesh_axes_of(
         return axes
     varying = meshes.varying_axes(leaf.value)
     if varying and grouping.sums is None:
+        group = "unit" if grouping.label is None else "example"
         raise error(
-            f"axis_name must say which mesh axes a unit extends over, got None for "
-            f"{str(leaf.path)!r}, which varies over {varying}; () means that units are "
-            "whole."
+            f"axis_name must say which mesh axes one {group} is split over, got None "
+            f"for {str(leaf.path)!r}, which varies over {varying}; () means that each "
+            f"{group} is whole on its device."
         )
     return varying
 

@@ -50,7 +50,9 @@ def clip_by(
       axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over: a
         name, a tuple of names (() for none), or a tree of these that may be a prefix of
         the updates. None reads them from the types, which is right inside `shard_map`
-        and all that is needed under `jit`; `pmap` and `check_vma=False` need names.
+        and all that is needed under `jit`; `pmap` and `check_vma=False` need names, and
+        so do units and examples in `shard_map`: no type says along which dimension an
+        array is split.
         Gradients that `pmean` has averaged are whole on every device: name no axis for
         them, or the norm is √n times too large on n devices.
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from optclip._core import checks, groupings, groups, meshes, paths
@@ -164,18 +165,51 @@ def is_complex(leaf: jax.Array) -> bool:
 def trailing(
     x: jax.Array, *sides: tuple[int, ...]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """x with the axes of each side as one trailing axis, and what undoes it."""
+    """x with the axes of each side as one trailing axis, and what undoes it.
+
+    The trailing axes are whole on each device, as sorts and factorisations need them.
+    """
     inner = [axis for side in sides for axis in side]
     rest = [axis for axis in range(x.ndim) if axis not in inner]
     order = rest + inner
-    moved = jnp.transpose(x, order)
+    placed, sent_back = _whole_along(x, inner)
+    moved = jnp.transpose(placed, order)
     ends = [math.prod(x.shape[axis] for axis in side) for side in sides]
 
     def undo(y: jax.Array) -> jax.Array:
         inverse = sorted(range(x.ndim), key=order.__getitem__)
-        return jnp.transpose(y.reshape(moved.shape), inverse)
+        return sent_back(jnp.transpose(y.reshape(moved.shape), inverse))
 
     return moved.reshape(*moved.shape[: len(rest)], *ends), undo
+
+
+def _whole_along(
+    x: jax.Array, inner: list[int]
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """x with the inner axes whole on each device, and what sends it back.
+
+    Only Explicit mesh axes act here: with Auto ones a type says nothing, and XLA moves
+    what it must. A mesh axis that splits an inner axis comes to split the first other
+    axis whose size allows it, so that devices share the points; else it splits none.
+    """
+    sharding: Any = jax.typeof(x).sharding
+    split = [meshes.as_tuple(part) or () for part in sharding.spec]
+    places = [sharding]
+    for axis in inner:
+        for name in reversed(split[axis]):
+            split[axis] = split[axis][:-1]
+            for other in sorted({*range(x.ndim)} - {*inner}):
+                names = (*split[other], name)
+                if x.shape[other] % math.prod(map(sharding.mesh.shape.get, names)) == 0:
+                    split[other] = names
+                    break
+            places.append(NamedSharding(sharding.mesh, PartitionSpec(*split)))
+
+    # One mesh axis at a time, which is one all-to-all; XLA gathers if two move at once.
+    def send(y: jax.Array, there: list[NamedSharding]) -> jax.Array:
+        return functools.reduce(jax.sharding.reshard, there, y)
+
+    return send(x, places[1:]), lambda y: send(y, places[-2::-1])
 
 
 def bound_array(

@@ -169,10 +169,14 @@ def test_jit_on_a_mesh(row, axis_type):
     "row", [row for row in ROWS if row.values[0].oracle.get("grouping") != "unit"]
 )
 def test_shard_map(row):
-    """Types alone say what to sum over, and metrics come out replicated."""
+    """Types alone say what to sum over, and metrics come out replicated.
+
+    Of examples a type does not say whether they are whole, as they are here.
+    """
     specs = EXAMPLE_SPECS if row.batched else SPECS
-    step = _manual(_step_of(row), (specs, specs), (specs, P()), (4, 2))
-    _assert_equal(step(*_arguments(row)), _unsharded(row.name))
+    step = _step(row.build(LIMIT, axis_name=())) if row.batched else _step_of(row)
+    mapped = _manual(step, (specs, specs), (specs, P()), (4, 2))
+    _assert_equal(mapped(*_arguments(row)), _unsharded(row.name))
 
 
 def test_each_leaf_is_summed_over_its_own_axes():
@@ -204,11 +208,15 @@ def test_each_leaf_is_summed_over_its_own_axes():
         np.testing.assert_allclose(rms[path], np.sqrt(mean), rtol=1e-6)
 
 
-@pytest.mark.parametrize("grouping", [groupings.per_example(), groupings.per_element()])
-def test_examples_and_elements_never_sum(grouping):
-    """An example that is itself sharded is clipped part by part; nothing is sent."""
+@pytest.mark.parametrize(
+    ("grouping", "axis_name"),
+    [(groupings.per_example(), ()), (groupings.per_element(), None)],
+    ids=["example", "element"],
+)
+def test_elements_and_whole_examples_never_sum(grouping, axis_name):
+    """Examples that are said to be whole are clipped part by part; nothing is sent."""
     x = _normal(8, 8)
-    tx = untyped(optclip.clip_by(thresholds.constant(LIMIT), grouping=grouping))
+    tx = untyped(optclip.clip_by(LIMIT, grouping=grouping, axis_name=axis_name))
     spec = P(None, "data")
     clip = _manual(lambda u: tx.update(u, None)[0], spec, spec)
     parts = x.T[:, :, None]
@@ -274,6 +282,39 @@ def test_a_row_on_each_device_is_no_vector():
     axis_name = {"kernel": "data", "bias": ()}
     step = _manual(_step(clip(axis_name)), (specs, specs), (specs, P()))
     _assert_equal(step(tree, tree), jax.jit(_step(clip(None)))(tree, tree))
+
+
+# Examples.
+
+
+def _example_clip(axis_name=None):
+    grouping = groupings.per_example()
+    return untyped(optclip.clip_by)(LIMIT, grouping=grouping, axis_name=axis_name)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
+def test_examples_on_a_mesh_need_axis_name(spec):
+    """A type does not say whether the batch or the examples are split."""
+    step = _manual(_step(_example_clip()), (spec, spec), (spec, P()))
+    message = r"^clip_by: axis_name must say which mesh axes one example .* \('data',\)"
+    with pytest.raises(ValueError, match=message):
+        step(_normal(8, 8), _normal(8, 8))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e25])
+def test_examples_with_axis_name(magnitude):
+    """The batch lies on one axis, the parameters on the other, and some on none."""
+    tree = {"a": {"kernel": _normal(8, 4), "bias": _normal(8, 3)}, "b": _normal(8, 2)}
+    tree = jax.tree.map(lambda x: x.at[2:5].multiply(magnitude).at[6:].divide(9), tree)
+    specs = {"a": {"kernel": P("data", "model"), "bias": P("data")}}
+    specs["b"] = P("data", "model")
+    clip = _example_clip({"a": {"kernel": "model", "bias": ()}, "b": ("model",)})
+    expected = jax.jit(_step(_example_clip()))(tree, tree)
+    assert 0 < expected[1]["clipped_fraction"] < 1
+    step = _manual(_step(clip), (specs, specs), (specs, P()), (4, 2))
+    _assert_equal(step(tree, tree), expected)
+    # The sums of squares, and the metrics over the batch.
+    assert _collectives(step, tree, tree) == 2
 
 
 # Named axes.
@@ -714,13 +755,13 @@ def test_meta_gradients_of_a_maximum_that_devices_share():
 
 
 @pytest.mark.parametrize(
-    "grouping",
-    [groupings.per_element(), groupings.per_example()],
+    ("grouping", "axis_name"),
+    [(groupings.per_element(), None), (groupings.per_example(), ())],
     ids=["element", "example"],
 )
-def test_meta_gradients_of_metrics_that_cross_devices(grouping):
+def test_meta_gradients_of_metrics_that_cross_devices(grouping, axis_name):
     """The metrics need a collective here, and it has a derivative."""
-    tx = untyped(optclip.clip_by(thresholds.constant(LIMIT), grouping=grouping))
+    tx = untyped(optclip.clip_by(LIMIT, grouping=grouping, axis_name=axis_name))
     x = _normal(8, 2)
 
     def gradient(x):

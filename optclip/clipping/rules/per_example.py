@@ -4,11 +4,26 @@
 
 An example that is not finite is clipped to nothing: it adds zero, and it counts as
 clipped. Sizes are measured as by `clip_by(…, grouping=per_example())`.
+
+Adding or removing an example moves the sum by at most C, and replacing one by at most
+2C: what the noise of differential privacy is measured against. Inside `shard_map` this
+holds if the mesh axes that split an example are named: its norm is then summed over
+them. The sum over the examples of other devices is the caller's, `jax.lax.psum` over
+the axis of the batch; the noise comes after it, once.
+
+    varying = jax.lax.pcast(params, "data", to="varying")   # see below
+    grads = jax.vmap(jax.grad(loss), (None, 0))(varying, batch)
+    total, _ = per_example_global_norm_clip(
+        grads, 1.0, axis_name={"kernel": "model", "bias": ()}
+    )
+    total = jax.lax.psum(total, "data")
+
+Gradients of parameters that do not vary over the axis of the batch are summed over it
+by JAX: what looks like one example is one of every device, and no type tells.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -41,20 +56,27 @@ def per_example_global_norm_clip(
       grads: a tree whose leaves have a leading batch axis, as from `jax.vmap`.
       l2_norm_clip: the largest norm C of one example, a non-negative scalar.
       axis_name: inside `shard_map` and `pmap`, the mesh axes that one example is split
-        over, a name or a tuple of names: () if each device has whole examples, which
-        types cannot tell.
+        over, as the parameters are: a name, a tuple of names, or a tree of these that
+        may be a prefix of grads, where leaves differ (a leaf that a named axis does not
+        split would count once for each device). () if every device has whole examples:
+        an axis that splits the batch is not named.
 
     Returns:
       (sum of the clipped gradients, without the batch axis, in the leaves' dtypes;
-      how many examples were clipped, an int32 scalar). An example with NaN, infinity or
-      an overflowing norm adds zero and counts as clipped.
+      how many examples were clipped, an int32 scalar), of the examples on this device:
+      `jax.lax.psum` both over the mesh axis that splits the batch. An example with NaN,
+      infinity or an overflowing norm adds zero and counts as clipped.
 
     Edge cases: integers and booleans count in the norm, because the sum is what privacy
-    bounds, and come out as float32. float0 does not count. C = 0 gives zeros.
+    bounds, and come out as float32. float0 does not count. C = 0 gives zeros. Inside
+    `shard_map`, differentiate with respect to parameters that vary over the axis of the
+    batch (`jax.lax.pcast(params, "data", to="varying")`): otherwise JAX adds up the
+    gradients of all devices, and each sum would be clipped as if it were one example.
 
     Raises:
       ValueError: if leaves share no batch axis or hold random keys, l2_norm_clip is
-        negative, NaN, a bool or not a scalar, or axis_name is missing in `shard_map`.
+        negative, NaN, a bool or not a scalar, or a leaf varies over a mesh axis inside
+        `shard_map` without axis_name.
 
     Reference: [Abadi et al. 2016](https://arxiv.org/abs/1607.00133).
 
@@ -89,21 +111,20 @@ def per_example_layer_norm_clip(
       global_l2_norm_clip: the budget C, a non-negative scalar.
       uniform: whether all leaves get the same share.
       axis_name: inside `shard_map` and `pmap`, the mesh axes that one example is split
-        over, a name, a tuple of names, or a tree of these; () if each device has whole
-        examples, which types cannot tell.
+        over, as in `per_example_global_norm_clip`.
 
     Returns:
       (sum of the clipped gradients, without the batch axis; a tree like it of int32
-      scalars: how many examples were clipped in each leaf). A leaf of an example that
-      is not finite adds zero and counts as clipped.
+      scalars: how many examples were clipped in each leaf), of the examples on this
+      device. A leaf of an example that is not finite adds zero and counts as clipped.
 
     Edge cases: integers and booleans count as a leaf, and come out as float32. float0
     and empty leaves do not count. C = 0 gives zeros.
 
     Raises:
       ValueError: if leaves share no batch axis or hold random keys, global_l2_norm_clip
-        is negative, NaN, a bool or not a scalar, or axis_name is missing in
-        `shard_map`.
+        is negative, NaN, a bool or not a scalar, or a leaf varies over a mesh axis
+        inside `shard_map` without axis_name.
 
     Reference: [McMahan et al. 2017](https://arxiv.org/abs/1710.06963).
 
@@ -162,9 +183,7 @@ def _as_floats(grads: optax.Updates) -> optax.Updates:
 def _gather(
     grads: optax.Updates, axis_name: AxisName
 ) -> tuple[groups.Groups, list[jax.Array]]:
-    # Whether a mesh axis splits the batch or its examples is not in a type.
-    grouping = dataclasses.replace(per_example(), sums=None)
-    return groups.gather(grads, grouping, meshes.axes_of(axis_name))
+    return groups.gather(grads, per_example(), meshes.axes_of(axis_name))
 
 
 def _clipped_sum(

@@ -3,6 +3,8 @@
 Values of ordinary gradients are compared with Optax and an oracle in `tests.oracles`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,3 +174,145 @@ def test_a_batch_split_over_devices_has_whole_examples(clip, peer):
 def test_a_type_does_not_say_what_is_split(clip, peer):
     with pytest.raises(ValueError, match="axis_name must say which mesh axes"):
         sharded(clip, P(None, "model"), None)(LONG)
+
+
+@BOTH
+@needs_devices
+def test_no_axes_for_an_example_in_parts_clips_the_parts(clip, peer):
+    """What () means is that devices have whole examples: each part has norm 1 here."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    total = jax.shard_map(
+        lambda x: clip({"x": x}, 1.0, axis_name=())[0]["x"],
+        mesh=mesh,
+        in_specs=P(None, "model"),
+        out_specs=P("model"),
+    )(LONG["a"][:1])
+    np.testing.assert_allclose(np.linalg.norm(total), 2.0, rtol=1e-6)
+
+
+# Differential privacy on a mesh: two devices for the batch, two for the parameters.
+
+C = 0.5
+PARAMS = {
+    "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32),
+    "bias": jnp.linspace(-1.0, 1.0, 4),
+}
+PARAM_SPECS = {"kernel": P("model"), "bias": P()}
+SPLIT = {"kernel": "model", "bias": ()}
+
+
+def loss(params, example, over=()):
+    """The kernel's rows, and the features with them, may be split over devices."""
+    hidden = example["x"] @ params["kernel"]
+    hidden = jax.lax.psum(hidden, over) if over else hidden
+    return example["weight"] * jnp.sum(jnp.square(hidden + params["bias"]))
+
+
+def varying(tree, axis):
+    """Typed as different on each device along the axis, as newer releases call it."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
+    return jax.tree.map(lambda x: untyped(jax.lax).pvary(x, axis), tree)
+
+
+def by_clip_by(grads, clip, axis_name=None):
+    tx = optclip.clip_by(
+        clip,
+        grouping=optclip.groupings.per_example(),
+        nonfinite="zero",
+        axis_name=axis_name,
+    )
+    clipped, state = untyped(tx).update(grads, None)
+    total = jax.tree.map(lambda x: x.sum(axis=0), clipped)
+    return total, state.metrics.nonfinite_steps
+
+
+SUMS = {
+    "global": optclip.per_example_global_norm_clip,
+    "layer": optclip.per_example_layer_norm_clip,
+    "clip_by": by_clip_by,
+}
+WAYS = pytest.mark.parametrize("way", SUMS)
+
+
+@functools.cache
+def private_sum(way, meshed, mark=True):
+    """Parameters and a batch to the sum of clipped gradients, as one vector."""
+
+    def run(params, batch):
+        if not meshed:
+            grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+            return SUMS[way](grads, C)[0]
+        params = varying(params, "data") if mark else params
+        own = functools.partial(loss, over=("model",))
+        grads = jax.vmap(jax.grad(own), (None, 0))(params, batch)
+        total, _ = SUMS[way](grads, C, axis_name=SPLIT)
+        return jax.lax.psum(total, "data") if mark else total
+
+    if meshed:
+        mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+        specs = PARAM_SPECS, {"x": P("data", "model"), "weight": P("data")}
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PARAM_SPECS)
+    jitted = jax.jit(run)
+
+    def flat(batch):
+        total = jitted(PARAMS, jax.tree.map(jnp.asarray, batch))
+        return np.concatenate([np.ravel(x).astype("d") for x in total.values()])
+
+    return flat
+
+
+def batch_of(rng):
+    """Four examples, one of them small enough not to be clipped."""
+    x = rng.normal(size=(4, 6)).astype("f")
+    return {"x": x, "weight": np.array([1, 1e-3, 1, 1], "f")}
+
+
+@WAYS
+@needs_devices
+def test_private_sums_on_a_mesh_are_those_of_one_device(way):
+    batch = batch_of(np.random.default_rng(1))
+    mine, whole = private_sum(way, True)(batch), private_sum(way, False)(batch)
+    np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-6)
+
+
+@WAYS
+@needs_devices
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6, 1e15, np.nan, np.inf])
+def test_one_example_moves_the_sum_by_at_most_the_bound(way, size):
+    """Wherever it lies, whatever it holds: by C if it comes or goes, by 2C if changed.
+
+    Gradients of 1e15 have norms of 1e30, whose squares overflow.
+    """
+    rng, total = np.random.default_rng(2), private_sum(way, True)
+    moves = []
+    for place in range(4):
+        batch = batch_of(rng)
+        without = {"x": batch["x"].copy(), "weight": batch["weight"].copy()}
+        without["x"][place] = without["weight"][place] = 0  # its gradient is zero
+        other = {"x": batch["x"].copy(), "weight": batch["weight"].copy()}
+        other["x"][place] = -np.float32(size) * rng.normal(size=6).astype("f")
+        other["weight"][place] = 1
+        here, gone, changed = map(total, (batch, without, other))
+        moves.append(np.linalg.norm(changed - gone))
+        assert np.linalg.norm(here - gone) <= C * (1 + 1e-5)
+        assert np.linalg.norm(changed - here) <= 2 * C * (1 + 1e-5)
+    assert max(moves) <= C * (1 + 1e-5)
+    # The bound is reached, so a smaller one would not hold; what is not finite is out.
+    assert min(moves) >= (0.7 * C if 1 <= size < np.inf else 0)
+    assert np.isfinite(size) or max(moves) == 0
+
+
+@WAYS
+@needs_devices
+def test_gradients_that_jax_sums_over_the_batch_are_no_examples(way):
+    """Documented: parameters have to vary over the axis of the batch.
+
+    The first examples of both devices are clipped together, and the second ones.
+    """
+    batch = batch_of(np.random.default_rng(1))
+    summed = private_sum(way, True, mark=False)(batch)
+    grads = jax.vmap(jax.grad(loss), (None, 0))(PARAMS, batch)
+    pairs = jax.tree.map(lambda g: g[:2] + g[2:], grads)
+    want = np.concatenate([np.ravel(x) for x in SUMS[way](pairs, C)[0].values()])
+    np.testing.assert_allclose(summed, want, rtol=1e-5, atol=1e-6)
