@@ -176,17 +176,16 @@ def test_a_type_does_not_say_what_is_split(clip, peer):
         sharded(clip, P(None, "model"), None)(LONG)
 
 
-@BOTH
 @needs_devices
-def test_no_axes_for_an_example_in_parts_clips_the_parts(clip, peer):
+def test_no_axes_for_an_example_in_parts_clips_the_parts():
     """What () means is that devices have whole examples: each part has norm 1 here."""
-    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
-    total = jax.shard_map(
-        lambda x: clip({"x": x}, 1.0, axis_name=())[0]["x"],
-        mesh=mesh,
-        in_specs=P(None, "model"),
-        out_specs=P("model"),
-    )(LONG["a"][:1])
+
+    def run(x):
+        return optclip.per_example_global_norm_clip(x, 1.0, axis_name=())[0]
+
+    mesh, spec = Mesh(np.array(jax.devices()[:4]), ("model",)), P(None, "model")
+    run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=P("model"))
+    total = jax.jit(run)(LONG["a"][:1])
     np.testing.assert_allclose(np.linalg.norm(total), 2.0, rtol=1e-6)
 
 
@@ -303,16 +302,16 @@ def test_one_example_moves_the_sum_by_at_most_the_bound(way, size):
     assert np.isfinite(size) or max(moves) == 0
 
 
-@WAYS
 @needs_devices
-def test_gradients_that_jax_sums_over_the_batch_are_no_examples(way):
+def test_gradients_that_jax_sums_over_the_batch_are_no_examples():
     """Documented: parameters have to vary over the axis of the batch.
 
     The first examples of both devices are clipped together, and the second ones.
     """
     batch = batch_of(np.random.default_rng(1))
-    summed = private_sum(way, True, mark=False)(batch)
-    grads = jax.vmap(jax.grad(loss), (None, 0))(PARAMS, batch)
+    summed = private_sum("global", True, mark=False)(batch)
+    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(PARAMS, batch)
     pairs = jax.tree.map(lambda g: g[:2] + g[2:], grads)
-    want = np.concatenate([np.ravel(x) for x in SUMS[way](pairs, C)[0].values()])
+    total, _ = SUMS["global"](pairs, C)
+    want = np.concatenate([np.ravel(x) for x in total.values()])
     np.testing.assert_allclose(summed, want, rtol=1e-5, atol=1e-6)
