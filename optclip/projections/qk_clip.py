@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optclip._core import checks, numerics, paths
+from optclip._core import checks, meshes, numerics, paths
 from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards, rounded
 from optclip._core.types import Tree
@@ -52,6 +52,18 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     the gradient. With Linen, `apply(…, mutable=["intermediates"])` returns the same
     under "intermediates". A module that was not recorded at a step stays as it is.
 
+    `optax.MultiSteps` passes on what it is given with the last micro-batch. Give it the
+    maximum over all of them, which is that of the whole batch:
+
+        maxima = jax.tree.map(jnp.maximum, maxima, recorded)   # at first: -inf
+        updates, state = multi.update(grads, state, params, max_logits=maxima)
+        stepped = multi.has_updated(state)
+        maxima = jax.tree.map(lambda x: jnp.where(stepped, -jnp.inf, x), maxima)
+
+    Inside `shard_map` a device records its own part of the batch: all have to shrink
+    by the maximum, `jax.lax.pmax(recorded, "data")`. Heads that are split over an axis
+    stay apart: kernels and logits then hold the heads of this device.
+
     Args:
       tau: the largest logit, a positive number.
 
@@ -67,8 +79,8 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: if tau is not positive; at update, if max_logits or params are
         missing, a path has no `query` and `key`, the logits are not one number a head
-        (and stacked layer), or queries and keys are normalised (whose norm the kernels
-        do not decide).
+        (and stacked layer) or differ between devices whose kernels are the same, or
+        queries and keys are normalised (whose norm the kernels do not decide).
 
     Reference: Kimi Team 2025, https://arxiv.org/abs/2507.20534.
 
@@ -136,8 +148,8 @@ def record_max_logits(attention_fn: Callable[..., jax.Array]) -> Callable[..., A
       over all calls since it was last taken out. Attention weights are not recorded.
 
     Edge cases: masked pairs do not count, a head that sees none has -inf. Logits are
-    computed once more, in float32 and without gradient. On several devices under
-    `shard_map`, take the maximum over the data axis before `qk_clip`.
+    computed once more, in float32 and without gradient. Inside `shard_map` they are those of
+    this device: see `qk_clip`.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> attention = record_max_logits(nn.dot_product_attention)
@@ -219,7 +231,15 @@ def _factors(
             f"queries and keys must not be normalised, got {module!r} with "
             "normalize_qk, whose logits the kernels do not decide."
         )
-    kernel = jnp.shape(values[f"{inside}query/kernel"])
+    queries = values[f"{inside}query/kernel"]
+    kernel = jnp.shape(queries)
+    differs = {*meshes.varying_axes(largest)} - {*meshes.varying_axes(queries)}
+    if differs:
+        axes = tuple(sorted(differs, key=str))
+        raise error(
+            f"max_logits must be the same for every copy of a kernel, got some that "
+            f"vary over {axes} at {module!r}; take jax.lax.pmax over it."
+        )
     heads, key_heads = kernel[-2], jnp.shape(values[f"{inside}key/kernel"])[-2]
     # One number a head, for each of the axes that count stacked layers.
     stack = largest.ndim - 1

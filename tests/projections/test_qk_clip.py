@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import optclip
 from tests.untyped import untyped
@@ -112,6 +114,116 @@ def test_nnx(key_heads):
     np.testing.assert_allclose(by_hand(), np.minimum(before, 5), rtol=1e-4)
     layer(jnp.asarray(X))  # without sow_weights nothing is recorded
     assert not jax.tree.leaves(nnx.pop(layer, nnx.Intermediate))
+
+
+def recording(heads, width):
+    """Attention in Linen, and a function to gradients and the recorded logits."""
+    layer = untyped(nn.MultiHeadDotProductAttention)(
+        heads,
+        qkv_features=width,
+        out_features=8,
+        attention_fn=optclip.record_max_logits(nn.dot_product_attention),
+    )
+
+    def loss(params, x):
+        out, seen = layer.apply(
+            {"params": params}, x, sow_weights=True, mutable=["intermediates"]
+        )
+        return jnp.mean(jnp.square(out)), seen["intermediates"]
+
+    return layer, jax.grad(loss, has_aux=True)
+
+
+TAU = 2.0
+
+
+def whole_step(layer, gradient):
+    """Parameters, all of the logits, and what one step on the whole batch makes."""
+    params = layer.init(jax.random.key(0), X)["params"]
+    tx = untyped(optax.chain(optax.sgd(0.1), optclip.qk_clip(TAU)))
+
+    def step(params, x):
+        grads, seen = gradient(params, x)
+        updates, _ = tx.update(grads, tx.init(params), params, max_logits=seen)
+        return optax.apply_updates(params, updates), seen["max_logits"]
+
+    return params, tx, *jax.jit(step)(params, X)
+
+
+def close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                 one, other)  # fmt: skip
+
+
+@pytest.mark.parametrize("largest_first", [True, False])
+def test_micro_batches(largest_first):
+    """By the maximum over them, not by the last: a step on the whole batch."""
+    layer, gradient = recording(4, 8)
+    params, tx, want, largest = whole_step(layer, gradient)
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+
+    @jax.jit
+    def step(params, state, maxima, x):
+        grads, seen = gradient(params, x)
+        maxima = jax.tree.map(jnp.maximum, maxima, seen)
+        with jax.numpy_dtype_promotion("standard"):  # MultiSteps needs it
+            updates, state = multi.update(grads, state, params, max_logits=maxima)
+        stepped = multi.has_updated(state)
+        maxima = jax.tree.map(lambda x: jnp.where(stepped, -jnp.inf, x), maxima)
+        return optax.apply_updates(params, updates), state, maxima, seen
+
+    order = X[1:], X[:1]  # their maxima are those of the second of the whole batch
+    state, maxima = multi.init(params), {"max_logits": jnp.full(4, -jnp.inf)}
+    after, recorded = params, []
+    for x in order if largest_first else order[::-1]:
+        assert not multi.has_updated(state)
+        after, state, maxima, seen = step(after, state, maxima, x)
+        recorded.append(seen["max_logits"])
+    first, last = recorded
+    assert np.all((first > last) == largest_first)
+    assert np.any(largest > TAU)
+    assert multi.has_updated(state)
+    close(after, want)
+    assert np.all(maxima["max_logits"] == -np.inf)
+
+
+def test_shard_map():
+    """The batch on one axis, whose maxima are joined; the heads on the other."""
+    layer, gradient = recording(4, 8)
+    params, tx, want, largest = whole_step(layer, gradient)
+    _, own_gradient = recording(2, 4)  # two heads a device
+    specs = {
+        name: {"kernel": P(None, "model"), "bias": P("model")}
+        for name in ("query", "key", "value")
+    }
+    specs["out"] = {"kernel": P("model"), "bias": P()}
+
+    def step(params, x, joined):
+        _, seen = own_gradient(params, x)
+        if joined:
+            seen = jax.lax.pmax(seen, "data")
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = tx.update(zeros, tx.init(params), params, max_logits=seen)
+        return optax.apply_updates(params, updates), seen["max_logits"]
+
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+
+    def mapped(joined):
+        return jax.jit(
+            jax.shard_map(
+                lambda params, x: step(params, x, joined),
+                mesh=mesh,
+                in_specs=(specs, P("data")),
+                out_specs=(specs, P("model")),
+            )
+        )
+
+    after, seen = mapped(True)(params, X)
+    np.testing.assert_allclose(seen, largest, rtol=1e-5)
+    close(after, clipped(params, {"": largest}, TAU))
+    # Devices would shrink the same heads by different factors.
+    with pytest.raises(ValueError, match=r"max_logits must be the same .* \('data',\)"):
+        mapped(False)(params, X)
 
 
 def plain(heads=2, key_heads=2, stack=(), dtype=jnp.float32):
