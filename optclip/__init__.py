@@ -110,7 +110,8 @@ from optclip.insight.norms import global_norm, leaf_norms
 from optclip.projections.clip_weights import clip_weights
 from optclip.projections.project import ProjectState, project
 from optclip.projections.project_params import project_params
-from optclip.projections.qk_clip import qk_clip, record_max_logits
+from optclip.projections.qk_clip import qk_clip
+from optclip.projections.record_max_logits import record_max_logits
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 

@@ -306,8 +306,8 @@ def test_examples_with_axis_name(magnitude):
     """The batch lies on one axis, the parameters on the other, and some on none."""
     tree = {"a": {"kernel": _normal(8, 4), "bias": _normal(8, 3)}, "b": _normal(8, 2)}
     tree = jax.tree.map(lambda x: x.at[2:5].multiply(magnitude).at[6:].divide(9), tree)
-    specs = {"a": {"kernel": P("data", "model"), "bias": P("data")}}
-    specs["b"] = P("data", "model")
+    split = P("data", "model")
+    specs = {"a": {"kernel": split, "bias": P("data")}, "b": split}
     clip = _example_clip({"a": {"kernel": "model", "bias": ()}, "b": ("model",)})
     expected = jax.jit(_step(_example_clip()))(tree, tree)
     assert 0 < expected[1]["clipped_fraction"] < 1

@@ -190,7 +190,7 @@ def test_micro_batches(largest_first):
 def test_shard_map():
     """The batch on one axis, whose maxima are joined; the heads on the other."""
     layer, gradient = recording(4, 8)
-    params, tx, want, largest = whole_step(layer, gradient)
+    params, tx, _, largest = whole_step(layer, gradient)
     _, own_gradient = recording(2, 4)  # two heads a device
     specs = {
         name: {"kernel": P(None, "model"), "bias": P("model")}
