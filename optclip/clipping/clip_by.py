@@ -52,9 +52,8 @@ def clip_by(
         the updates. None reads them from the types, which is right inside `shard_map`
         and all that is needed under `jit`; `pmap` and `check_vma=False` need names, and
         so do units and examples in `shard_map`: no type says along which dimension an
-        array is split.
-        Gradients that `pmean` has averaged are whole on every device: name no axis for
-        them, or the norm is √n times too large on n devices.
+        array is split. Gradients that `pmean` has averaged are whole on every device:
+        name no axis for them, or the norm is √n times too large on n devices.
 
     Returns:
       A gradient transformation with state `ClipState`. Updates keep their dtypes,

@@ -71,11 +71,12 @@ def spectral_ball(
     Returns:
       A set for `project`, `project_params` and `intersection`.
 
-    On a mesh: stacked matrices that are split over the stack send nothing. Others come
-    to be whole on one device. With Explicit axes, each mesh axis whose size divides the
-    stack shares it out by an all-to-all, and back by another: every device receives its
-    share of the leaf. Along others each device gathers the whole leaf, and all find the
-    same. With Auto axes XLA moves what it must, in general by gathering.
+    On a mesh: stacked matrices that are split over the stack send nothing. A matrix
+    that is split is made whole first. With Explicit axes, devices share the stack out
+    where the size of the mesh axis divides it: one all-to-all there and one back, in
+    which each device receives its share of the leaf. Otherwise every device gathers the
+    leaf (one all-gather for each such axis), and all compute the same. With Auto axes
+    XLA moves what it must, in general by gathering.
 
     Edge cases: a matrix inside keeps its bits (with iterations: up to rounding), and so
     does one that was projected. Those are never outside, by their exact norm, and at
@@ -144,11 +145,12 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
     Returns:
       A set for `project`, `project_params` and `intersection`.
 
-    On a mesh: stacked matrices that are split over the stack send nothing. Others come
-    to be whole on one device. With Explicit axes, each mesh axis whose size divides the
-    stack shares it out by an all-to-all, and back by another: every device receives its
-    share of the leaf. Along others each device gathers the whole leaf, and all find the
-    same. With Auto axes XLA moves what it must, in general by gathering.
+    On a mesh: stacked matrices that are split over the stack send nothing. A matrix
+    that is split is made whole first. With Explicit axes, devices share the stack out
+    where the size of the mesh axis divides it: one all-to-all there and one back, in
+    which each device receives its share of the leaf. Otherwise every device gathers the
+    leaf (one all-gather for each such axis), and all compute the same. With Auto axes
+    XLA moves what it must, in general by gathering.
 
     Edge cases: singular values are 1 to 4 units in the last place of the leaf's dtype
     for up to 256 rows or columns, and to 5 for up to 1024.

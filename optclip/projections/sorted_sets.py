@@ -52,11 +52,12 @@ def l1_ball(
     Returns:
       A set for `project`, `project_params` and `intersection`.
 
-    On a mesh: units that are whole on their devices send nothing. With Explicit axes,
-    each mesh axis that splits units, and whose size divides their number, shares them
-    out by an all-to-all, and back by another: every device receives its share of the
-    leaf. Along others, and for a leaf that is one group, each device gathers the leaf.
-    With Auto axes XLA moves what it must, in general by gathering.
+    On a mesh: units that are whole on their devices send nothing. A unit that is split
+    is made whole first. With Explicit axes, devices share the units out where the size
+    of the mesh axis divides their number: one all-to-all there and one back, in which
+    each device receives its share of the leaf. Otherwise, and where the leaf is one
+    group, every device gathers it (one all-gather for each such axis). With Auto axes
+    XLA moves what it must, in general by gathering.
 
     Edge cases: what lies inside keeps its bits; radius 0 gives zeros. NaN or infinity
     makes its whole group NaN. Results are rounded towards zero.
@@ -110,11 +111,12 @@ def simplex(
     Returns:
       A set for `project`, `project_params` and `intersection`.
 
-    On a mesh: units that are whole on their devices send nothing. With Explicit axes,
-    each mesh axis that splits units, and whose size divides their number, shares them
-    out by an all-to-all, and back by another: every device receives its share of the
-    leaf. Along others, and for a leaf that is one group, each device gathers the leaf.
-    With Auto axes XLA moves what it must, in general by gathering.
+    On a mesh: units that are whole on their devices send nothing. A unit that is split
+    is made whole first. With Explicit axes, devices share the units out where the size
+    of the mesh axis divides their number: one all-to-all there and one back, in which
+    each device receives its share of the leaf. Otherwise, and where the leaf is one
+    group, every device gathers it (one all-gather for each such axis). With Auto axes
+    XLA moves what it must, in general by gathering.
 
     Edge cases: the sum is right to 4 units in the last place of the leaf's dtype. NaN
     or infinity makes its whole group NaN.
