@@ -257,8 +257,8 @@ def adamw(shape_set: str, dtype: str, scale: float) -> dict[str, Racer]:
 
     def floor(kept: Any, grads: Any) -> Any:
         """Reads the gradients once, then four trees, and writes three in place."""
-        seen = sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(grads))
-        nearly = (1 - 1e-9 * seen).astype(dtype)
+        sums = [jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(grads)]
+        nearly = (1 - 1e-9 * functools.reduce(jnp.add, sums)).astype(dtype)
         return [jax.tree.map(lambda x, g: x * nearly + g, x, grads) for x in kept]
 
     trees = [jax.tree.map(jnp.copy, params) for _ in range(3)]
@@ -423,14 +423,15 @@ def on_device(racer: Racer) -> Record:
         events = [event for path in traces for event in _device_events(path)]
     if not events:
         return {}
-    kinds: collections.Counter[str] = collections.Counter()
+    kinds: dict[str, float] = collections.defaultdict(float)
     for name, seconds in events:
         kinds[re.sub(r"[_.\d]+$", "", name)] += seconds
+    longest = sorted(kinds, key=kinds.__getitem__, reverse=True)[:5]
     return {
         "kernels": len([name for name, _ in events if "memcpy" not in name.lower()]),
         "copies_to_host": len([name for name, _ in events if _to_host(name)]),
         "busy_seconds": sum(seconds for _, seconds in events),
-        "longest": {name: seconds for name, seconds in kinds.most_common(5)},
+        "longest": {name: kinds[name] for name in longest},
     }
 
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip._core import numerics
-from optclip._core.types import Arrays
 
 
 def scales(dtype: np.dtype) -> tuple[float, float, float]:
@@ -32,7 +31,7 @@ def scales(dtype: np.dtype) -> tuple[float, float, float]:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def sums_of_squares(
     x: jax.Array, axes: tuple[int, ...], keepdims: bool, wide: np.dtype
-) -> Arrays:
+) -> list[jax.Array]:
     """The three sums; a complex element counts by its modulus."""
     x = numerics.for_measuring(x, wide)
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
@@ -56,7 +55,7 @@ def sums_of_squares(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def size(
-    totals: Arrays,
+    totals: list[jax.Array],
     finalize: Callable[[jax.Array, float], jax.Array],
     count: int,
     edge: float,
