@@ -57,6 +57,8 @@ Choosing a rule and its value, from sizes that a run logged:
 Numbers, selection and saved states:
 
     metrics                       what every clip in an optimizer state measured
+    history                       what a rule with record=K measured, step by step
+    explain                       the same in words
     global_norm                   the norm of a tree
     leaf_norms                    the norm of each leaf, by path
     mask                          a mask for optax.masked, from a pattern
@@ -66,6 +68,9 @@ Numbers, selection and saved states:
 Types, to annotate and to read:
 
     ClipState                     the state of every rule that measures
+    RecordedClipState             the same with record=K
+    RecorderState                 the steps in it
+    History                       what history returns
     ClipMetrics                   size, limit and counters, in ClipState
     SkipState                     the state of skip_step
     SkipMetrics                   the counters in it
@@ -83,7 +88,8 @@ from optclip.choosing.replay import Replay, replay
 from optclip.choosing.replay_table import replay_table
 from optclip.choosing.suggest import Advice, suggest
 from optclip.clipping.clip_by import clip_by
-from optclip.clipping.engine import ClipState
+from optclip.clipping.engine import ClipState, RecordedClipState
+from optclip.clipping.recorder import RecorderState
 from optclip.clipping.rules.adagc import adagc
 from optclip.clipping.rules.agc import adaptive_grad_clip
 from optclip.clipping.rules.autoclip import autoclip
@@ -105,6 +111,8 @@ from optclip.clipping.rules.spike_clip import spike_clip
 from optclip.clipping.rules.values import clip, clip_by_value
 from optclip.clipping.rules.zclip import zclip
 from optclip.insight.adopt_state import Adopted, adopt_state
+from optclip.insight.explain import explain
+from optclip.insight.history import History, history
 from optclip.insight.metrics import metrics
 from optclip.insight.norms import global_norm, leaf_norms
 from optclip.projections.clip_weights import clip_weights
@@ -120,7 +128,10 @@ __all__ = [
     "Advice",
     "ClipMetrics",
     "ClipState",
+    "History",
     "ProjectState",
+    "RecordedClipState",
+    "RecorderState",
     "Replay",
     "SkipMetrics",
     "SkipState",
@@ -138,8 +149,10 @@ __all__ = [
     "clip_by_value",
     "clip_weights",
     "everything",
+    "explain",
     "global_norm",
     "groupings",
+    "history",
     "initializers",
     "leaf_norms",
     "mask",

@@ -80,6 +80,29 @@ class Groups(NamedTuple):
         return [(max(len(shapes), 1), *(shapes[0] if shapes else ()))]
 
 
+class Apart(NamedTuple):
+    """The leaves as groups of their own, for a recorder: leaf n is group n.
+
+    Attributes:
+      groups: one for each leaf.
+      owners: the number of the group that each leaf belongs to.
+    """
+
+    groups: tuple[Group, ...]
+    owners: tuple[int, ...]
+
+
+def apart(groups: Groups, leaves: Arrays) -> Apart:
+    """The leaves of joint groups, each by itself."""
+    owners = {m.index: (n, m) for n, g in enumerate(groups.groups) for m in g.members}
+    own = [owners[index] for index in range(len(leaves))]
+    alone = [
+        Group((m,), leaf.size * (meshes.axis_size(m.mesh) if m.mesh else 1), ())
+        for leaf, (_, m) in zip(leaves, own, strict=True)
+    ]
+    return Apart(tuple(alone), tuple(number for number, _ in own))
+
+
 class _Leaf(NamedTuple):
     """A measured leaf, whose path is spelled only if somebody asks."""
 
@@ -213,7 +236,8 @@ def on_all_devices(shape: Shape, mesh: meshes.MeshAxes) -> Shape:
 
 
 def by_block(groups: Groups, of_groups: Arrays) -> Arrays:
-    """One array a block, from one array a group."""
+    """One array a block, from one array a group; what comes behind them is left out."""
+    of_groups = of_groups[: len(groups.groups)]
     if not groups.joint:
         return of_groups
     return [jnp.stack(of_groups) if of_groups else jnp.zeros((1,), groups.dtype)]

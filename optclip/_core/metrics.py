@@ -70,14 +70,22 @@ def start(dtype: np.dtype, elementwise: bool, limited: bool) -> ClipMetrics:
 
 
 def after(
-    old: ClipMetrics, sizes: list[jax.Array], limits: list[jax.Array]
+    old: ClipMetrics,
+    sizes: list[jax.Array],
+    limits: list[jax.Array],
+    blocks: list[_Summary] | None = None,
 ) -> ClipMetrics:
-    """The metrics after a step with these sizes and limits, one array a block."""
+    """The metrics after a step with these sizes and limits, one array a block.
+
+    A list for `blocks` is filled with what `furthest` needs.
+    """
     steps = jnp.asarray(optax.safe_increment(old.steps))
     summarise = _counts if old.size is None else _summary
     by_axes: dict[meshes.MeshAxes, list[_Summary]] = {}
     for size, limit in zip(sizes, limits, strict=True):
         block = summarise(size, limit)
+        if blocks is not None:
+            blocks.append(block)
         by_axes.setdefault(meshes.varying_axes(block.clipped), []).append(block)
     if not by_axes:
         return old._replace(steps=steps)
@@ -98,6 +106,27 @@ def after(
     fraction = (overall.clipped / overall.count).astype(old.clipped_fraction.dtype)
     limit = None if old.limit is None else overall.limit.astype(old.limit.dtype)
     return counted._replace(size=size, limit=limit, clipped_fraction=fraction)
+
+
+def furthest(blocks: list[_Summary]) -> jax.Array:
+    """A vector: of each block the size of the group furthest over its limit.
+
+    On all shards, by what `_together` sends for all blocks; XLA sends it once.
+    """
+    found: dict[int, jax.Array] = {}
+    by_axes: dict[meshes.MeshAxes, dict[int, _Summary]] = {}
+    for number, block in enumerate(blocks):
+        by_axes.setdefault(meshes.varying_axes(block.clipped), {})[number] = block
+    for axes, own in by_axes.items():
+        if not axes:
+            met = _Summary(*map(jnp.stack, zip(*own.values(), strict=True)))
+        else:
+            numbers = jnp.stack([jnp.stack(block) for block in own.values()])
+            numbers = meshes.from_all(numbers, axes)
+            met = jax.vmap(lambda x: _reduced(*x.T, like=x[:, 0]), 1)(numbers)
+        largest = jnp.where(met.nan > 0, jnp.nan, met.size)
+        found |= dict(zip(own, largest, strict=True))
+    return jnp.stack([found[number] for number in range(len(blocks))])
 
 
 class _Summary(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optclip._core import meshes, numerics, three_sums
-from optclip._core.groups import Arrays, Groups, aligned, by_block
+from optclip._core.groups import Apart, Arrays, Groups, aligned, by_block
 from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
 
@@ -30,10 +30,12 @@ def summed_sizes(
     leaves: Arrays,
     measure: Measure,
     scales: Arrays | None = None,
+    apart: Apart | None = None,
 ) -> Arrays:
     """The size of every group from plain sums, of elements times its scale if given.
 
-    For a GPU without a scale: from sums that hold at every magnitude.
+    For a GPU without a scale: from sums that hold at every magnitude. Behind the groups
+    comes one vector of the sizes of the leaves, if they are wanted apart.
     """
     in_one = scales is None and numerics.backend() == "gpu"
     in_one = in_one and _fits_one_pass(groups, leaves, measure)
@@ -42,9 +44,11 @@ def summed_sizes(
         largest = summed_sizes(groups, leaves, max_abs)
         unknown = [jnp.full_like(size, jnp.inf) for size in largest]
         scales = list(map(_largest, unknown, _edges(groups, measure), largest))
+    each = groups.groups if apart is None else apart.groups
+    owners = range(len(each)) if apart is None else apart.owners
     by_mesh: dict[meshes.MeshAxes, dict[tuple[int, int], Arrays]] = {}
-    for number, group in enumerate(groups.groups):
-        scale = None if scales is None else scales[number]
+    for number, group in enumerate(each):
+        scale = None if scales is None else scales[owners[number]]
         for index, axes, mesh in group.members:
             leaf, own = leaves[index], scale
             if scale is not None and scale.ndim not in (0, leaf.ndim):
@@ -66,20 +70,44 @@ def summed_sizes(
         for key, total in zip(parts, of_mesh, strict=True):
             totals.setdefault(key, []).append(total)
 
+    places = range(3 if in_one else 1)
+    whole = [
+        [joined(measure.combine, totals[number, place]) for place in places]
+        for number in range(len(each))
+    ]
     edges = _edges(groups, measure) if in_one else []
-    sizes = []
-    for number, group in enumerate(groups.groups):
-        whole = [
-            joined(measure.combine, totals[number, place])
-            for place in range(3 if in_one else 1)
+    counts = [group.count for group in groups.groups]
+    if apart is not None:
+        whole = _with_leaves(groups, apart, measure, whole)
+        counts.append(1)
+        edges += [max(_edges(groups._replace(groups=each), measure))] if in_one else []
+        own = [] if scales is None else [scales[n] for n in owners]
+        scales = None if scales is None else [*scales, jnp.stack(own)]
+    return [
+        three_sums.size(sums, measure.finalize, counts[n], edges[n])
+        if in_one
+        else _size(*sums, scales and scales[n], measure.finalize, counts[n])
+        for n, sums in enumerate(whole)
+    ]
+
+
+def _with_leaves(
+    groups: Groups, apart: Apart, measure: Measure, alone: list[Arrays]
+) -> list[Arrays]:
+    """The totals of the groups, from those of the leaves, and these as vectors."""
+    places = range(len(alone[0]))
+    together = [
+        [
+            joined(measure.combine, [alone[m.index][place] for m in group.members])
+            for place in places
         ]
-        if in_one:
-            edge = edges[number]
-            sizes.append(three_sums.size(whole, measure.finalize, group.count, edge))
-        else:
-            scale = None if scales is None else scales[number]
-            sizes.append(_size(*whole, scale, measure.finalize, group.count))
-    return sizes
+        for group in groups.groups
+    ]
+    vectors = [jnp.stack([sums[place] for sums in alone]) for place in places]
+    if measure.averages:  # `finalize` takes one count, not one for each leaf
+        counts = np.array([own.count for own in apart.groups], groups.dtype)
+        vectors = [total / counts for total in vectors]
+    return [*together, vectors]
 
 
 def _fits_one_pass(groups: Groups, leaves: Arrays, measure: Measure) -> bool:
@@ -119,20 +147,28 @@ def in_doubt(
 
 
 def precise_sizes(
-    groups: Groups, leaves: Arrays, measure: Measure, rough: Arrays
+    groups: Groups,
+    leaves: Arrays,
+    measure: Measure,
+    rough: Arrays,
+    apart: Apart | None = None,
 ) -> Arrays:
     """The sizes of a second pass, of elements multiplied so that all sums fit."""
     scales_of = _scales(groups, leaves, measure)
     scales = scales_of(rough)
-    precise = summed_sizes(groups, leaves, measure, scales)
+    precise = summed_sizes(groups, leaves, measure, scales, apart)
     if not groups.joint:
         # Found anew, and behind barriers, or XLA would keep the first ones while it
         # sums everything: AGC's temporary bytes would be 1.07 % of the gradients of
         # GPT-2 in bfloat16 instead of 0.85 %.
         scales = scales_of(list(map(jax.lax.optimization_barrier, rough)))
     # Groups in range keep the bits that they have when no group is in doubt.
-    choices = zip(scales, rough, precise, strict=True)
-    return [jnp.where(scale == 1, old, new) for scale, old, new in choices]
+    keep = [scale == 1 for scale in scales]
+    if apart is not None:
+        # Beside one that overflows or holds a NaN, a leaf would vanish at its scale.
+        scale = jnp.stack([scales[number] for number in apart.owners])
+        keep.append(jnp.where(scale < 1, jnp.isfinite(rough[-1]), scale == 1))
+    return list(map(jnp.where, keep, rough, precise))
 
 
 def sizes_of(

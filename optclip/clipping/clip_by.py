@@ -20,6 +20,7 @@ from optclip._core.public import error, public
 from optclip._core.types import AxisName, Limit, Nonfinite
 from optclip.clipping.actions import Action, rescale, target_of
 from optclip.clipping.engine import Clip
+from optclip.clipping.recorder import recorder
 from optclip.clipping.thresholds import Threshold, as_threshold
 
 
@@ -32,6 +33,8 @@ def clip_by(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
+    ratios: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the size of every group of updates: the parts of every named rule.
 
@@ -54,9 +57,18 @@ def clip_by(
         so do units and examples in `shard_map`: no type says along which dimension an
         array is split. Gradients that `pmean` has averaged are whole on every device:
         name no axis for them, or the norm is √n times too large on n devices.
+      record: how many of the last steps are kept in the state, for `optclip.history`
+        and `optclip.explain`: the size of every group, or of every leaf where they make
+        one group together, beside the limit and whether it clipped. Of units, each leaf
+        keeps the one furthest over its limit. It takes no further pass over the updates
+        and 4·K·n bytes for K steps of n leaves. None or 0 keeps nothing. A Python
+        integer (static_args).
+      ratios: whether it also keeps the sizes divided by those of the parameters. This
+        takes one pass over the parameters, which `update` then needs. Not for units.
 
     Returns:
-      A gradient transformation with state `ClipState`. Updates keep their dtypes,
+      A gradient transformation with state `ClipState`, or `RecordedClipState` if it
+      records. Updates keep their dtypes,
       shapes, shardings and tree; integers, random keys, float0, None and MaskedNode
       pass untouched. `update(updates, None)` starts from a fresh state, and `init`
       takes trees of `jax.ShapeDtypeStruct` too.
@@ -66,8 +78,10 @@ def clip_by(
     are rounded once.
 
     Raises:
-      ValueError: if a part is not of its kind, nonfinite is unknown, or (at init and
-        update) the parts do not fit each other, the tree, or the state that is given.
+      ValueError: if a part is not of its kind, nonfinite is unknown, record is not such
+        an integer or does not go with the grouping (`per_element`, `per_example`), or
+        (at init and update) the parts do not fit each other, the tree, or the state
+        that is given.
 
     >>> import jax.numpy as jnp, optclip
     >>> tx = clip_by(1.0, measure=optclip.measures.max_abs)
@@ -85,6 +99,7 @@ def clip_by(
             f"threshold must have no state under {grouping}, whose groups are others "
             f"at every step, got {threshold}."
         )
+    keeps = recorder(record, ratios, grouping, measure)
     clip = Clip(
         threshold=threshold,
         # Of one number every size is the same, and this one never overflows.
@@ -93,5 +108,7 @@ def clip_by(
         target_of=target_of(action, jnp.nan if nonfinite == "propagate" else 0.0),
         mesh_axes=meshes.axes_of(axis_name),
         axis_name=axis_name,
+        recorder=keeps,
+        with_leaves=keeps is not None and keeps.parts == "leaves",
     )
     return optax.GradientTransformationExtraArgs(clip.init, clip.update)

@@ -22,10 +22,11 @@ import numpy as np
 import optax
 
 from optclip._core import checks, meshes, metrics
-from optclip._core.groupings import Grouping, whole
+from optclip._core.groupings import Grouping, per_leaf, whole
 from optclip._core.groups import (
     Arrays,
     Groups,
+    apart,
     by_block,
     by_group,
     gather,
@@ -37,12 +38,13 @@ from optclip._core.public import error
 from optclip._core.sizes import in_doubt, precise_sizes, summed_sizes
 from optclip._core.types import AxisName, Tree
 from optclip.clipping.other_sizes import combined_size, sizes_of_params
+from optclip.clipping.recorder import Recorder, RecorderState
 from optclip.clipping.state_blocks import blank_state, packed, repacked, unpacked
 from optclip.clipping.thresholds import Observation, Threshold
 
 
 class ClipState(NamedTuple):
-    """The state of every rule made by `clip_by`.
+    """The state of every rule made by `clip_by`, unless it records.
 
     Attributes:
       threshold: the threshold's state, () if it has none. For joint groupings arrays
@@ -55,7 +57,22 @@ class ClipState(NamedTuple):
     metrics: ClipMetrics
 
 
-# Sizes by group, the same by block, and the limits of the blocks.
+class RecordedClipState(NamedTuple):
+    """The state of a rule with `record=K`.
+
+    Attributes:
+      threshold: as in `ClipState`.
+      metrics: as in `ClipState`.
+      recorder: the last K steps; read them with `optclip.history`.
+    """
+
+    threshold: optax.OptState
+    metrics: ClipMetrics
+    recorder: RecorderState
+
+
+# Sizes by group, the same by block, and the limits of the blocks. Behind the sizes of
+# the groups are those of their leaves, one vector, if a recorder wants them.
 _Measured = tuple[Arrays, Arrays, Arrays]
 
 
@@ -81,6 +98,8 @@ class Clip:
     target_of: Callable[..., jax.Array]
     mesh_axes: meshes.AxesOf
     axis_name: AxisName
+    recorder: Recorder | None = None
+    with_leaves: bool = False  # whether the recorder's sizes are not those of groups
     second_looks: dict[Groups, Callable[..., Any]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -110,10 +129,14 @@ class Clip:
             self.threshold.limit is not None,
             self.grouping.elementwise,
         )
-        return ClipState(
+        state = ClipState(
             () if states is None else packed(params, groups, self.blank, states),
             metrics.start(groups.dtype, elementwise, limited),
         )
+        if self.recorder is None:
+            return state
+        recorded = self.recorder.start(params, groups, limited)
+        return RecordedClipState(*state, recorded)
 
     def update(
         self,
@@ -125,8 +148,10 @@ class Clip:
         del extra_args
         if state is None:
             state = self.init(updates if params is None else params)
-        if not isinstance(state, ClipState):
-            raise error(f"state must be a ClipState, got {type(state).__name__}.")
+        kind = ClipState if self.recorder is None else RecordedClipState
+        if not isinstance(state, kind):
+            found = type(state).__name__
+            raise error(f"state must be a {kind.__name__}, got {found}.")
         groups, leaves = gather(updates, self.grouping, self.mesh_axes)
         known = _Known(None, None, state.metrics.steps)
         if self.learns:
@@ -137,19 +162,29 @@ class Clip:
             own = sizes_of_params(groups, updates, params, *parts)
             known = known._replace(params=own)
 
-        sizes = summed_sizes(groups, leaves, self.measure)
+        alone = apart(groups, leaves) if self.with_leaves and leaves else None
+        sizes = summed_sizes(groups, leaves, self.measure, apart=alone)
         blocks = by_block(groups, sizes)
         limits = self.limits(groups, blocks, known)
         rough = sizes, blocks, limits
         sizes, blocks, limits = self.refined(groups, leaves, rough, known)
         if self.threshold.limit is not None:
             targets = list(map(self.target_of, sizes, by_group(groups, limits)))
-            updates = rescaled(groups, updates, leaves, sizes, targets)
-        numbers = metrics.after(state.metrics, blocks, limits)
+            updates = rescaled(groups, updates, leaves, sizes[: len(targets)], targets)
+        met: list[Any] = []
+        numbers = metrics.after(state.metrics, blocks, limits, met)
         learned = state.threshold
         if self.learns:
             learned = repacked(learned, self.learned(groups, blocks, limits, known))
-        return updates, ClipState(learned, numbers)
+        if self.recorder is None:
+            return updates, ClipState(learned, numbers)
+        parts = self.parts(groups, sizes, met)
+        beside = None
+        if self.recorder.ratios:
+            beside = self.parts_of_params(groups, leaves, updates, params)
+        assert isinstance(state, RecordedClipState)
+        recorded = self.recorder.after(state.recorder, parts, beside, numbers)
+        return updates, RecordedClipState(learned, numbers, recorded)
 
     def zeros(self, groups: Groups, leaves: Arrays) -> Arrays:
         """A zero for every group, by block; made from sizes it has their sharding."""
@@ -229,7 +264,8 @@ class Clip:
         known: _Known,
     ) -> tuple[Arrays, Arrays | None]:
         """Sizes of a second pass, and their limits if those of the first were kept."""
-        sizes = precise_sizes(groups, leaves, self.measure, rough)
+        alone = apart(groups, leaves) if self.with_leaves else None
+        sizes = precise_sizes(groups, leaves, self.measure, rough, alone)
         if kept is None:
             return sizes, None
         return sizes, self.limits(groups, by_block(groups, sizes), known)
@@ -242,6 +278,31 @@ class Clip:
         seen = self.observations(groups, blocks, known)
         new = list(map(self.threshold.observe, known.states, seen, limits))
         return list(map(_where_finite, blocks, new, known.states))
+
+    def parts(self, groups: Groups, sizes: Arrays, met: list[Any]) -> jax.Array:
+        """What is recorded: a vector of sizes of leaves, of groups or of units."""
+        if not groups.groups:
+            return jnp.zeros((1,), groups.dtype)
+        if self.with_leaves:
+            return sizes[-1]
+        return by_block(groups, sizes)[0] if groups.joint else metrics.furthest(met)
+
+    def parts_of_params(
+        self,
+        groups: Groups,
+        leaves: Arrays,
+        updates: optax.Updates,
+        params: optax.Params | None,
+    ) -> jax.Array:
+        """The parameters' sizes to those of `parts`, by a pass over them."""
+        if not groups.groups:
+            return jnp.ones((1,), groups.dtype)
+        grouping = self.grouping
+        if self.with_leaves:
+            groups = groups._replace(groups=apart(groups, leaves).groups)
+            grouping = per_leaf()
+        beside = self.measure, grouping, self.mesh_axes
+        return sizes_of_params(groups, updates, params, *beside)[0]
 
 
 def _keep(

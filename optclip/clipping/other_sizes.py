@@ -72,8 +72,8 @@ def sizes_of_params(
     """
     if params is None:
         raise error(
-            "params must be given to update, because limits are relative to them, got "
-            "None."
+            "params must be given to update, because limits or ratios are relative to "
+            "them, got None."
         )
     beside, leaves = gather(_like(updates, params, groups), grouping, mesh_axes)
     # An infinite limit: parameters that are zero need no second look, large ones do.

@@ -2,21 +2,26 @@
 
     opt_state ──▶ the `ClipMetrics` and `SkipMetrics` in it ──▶ {name: scalar}
 
-`_core.metrics` writes these numbers at each update; here they get names for a logger.
+`_core.metrics` writes these numbers at each update; here they get names for a logger,
+and beside them, on request, what a recorder kept of the last step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from optclip._core import paths
 from optclip._core.metrics import ClipMetrics, SkipMetrics
-from optclip._core.public import error, public
+from optclip._core.public import caller, error, public
 from optclip._core.types import Tree
+from optclip.clipping.recorder import RecorderState
 
+T = TypeVar("T")
 KeyPath = tuple[Any, ...]
 
 
@@ -30,7 +35,7 @@ class _Number(NamedTuple):
 
 @public
 def metrics(
-    opt_state: Tree, separator: str = "/", *, short: bool = False
+    opt_state: Tree, separator: str = "/", *, short: bool = False, sizes: bool = False
 ) -> dict[str, jax.Array]:
     """The metrics of every clip in an optimizer state, ready for a logger.
 
@@ -43,6 +48,9 @@ def metrics(
         stays the same when the chain grows: `size` for the only clip of a state,
         `clip/size` in `optax.named_chain(("clip", …))`. What `skip_step` measures of
         the loss is `value_watch/size`.
+      sizes: whether to add what rules with `record=K` measured at the last step, for
+        each leaf or label: `size/{name}` and, if recorded, `ratio/{name}`. One step is
+        enough for it, `record=1`.
 
     Returns:
       A flat dict `{path of the state}/{field}` of scalar arrays; the path is empty for
@@ -51,8 +59,8 @@ def metrics(
       `jit`. Before the first update `steps` is 0, and the other numbers mean nothing.
 
     Raises:
-      ValueError: if short names of two clips are the same, or opt_state is an
-        `nnx.State`, whose types are lost.
+      ValueError: if short names of two clips are the same, sizes are asked for and no
+        rule records, or opt_state is an `nnx.State`, whose types are lost.
 
     >>> import jax.numpy as jnp, optax, optclip
     >>> tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -69,13 +77,12 @@ def metrics(
     >>> print(metrics(state, short=True)["size"])
     5.0
     """
-    kind = type(opt_state)
-    if kind.__module__.startswith("flax.nnx") and kind.__name__ == "State":
-        raise error(
-            "opt_state must have the types of a state, got an nnx.State; call "
-            "metrics(optimizer.opt_state)."
-        )
-    numbers = _numbers(opt_state)
+    numbers = list(_numbers(opt_state))
+    if sizes:
+        recorded = list(_recorded(opt_state, separator))
+        if not recorded:
+            raise error("sizes must be False where no rule has record=K, got True.")
+        numbers += recorded
     names_of = _given_names if short else paths.names
     keys = [separator.join([*names_of(n.keys), n.field]) for n in numbers]
     several = {key for key, count in Counter(keys).items() if count > 1}
@@ -90,20 +97,42 @@ def metrics(
     }
 
 
-def _numbers(opt_state: Tree) -> list[_Number]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_metrics)
-    return [
-        # `nnx.Optimizer` wraps every leaf in a Variable: a tree with one leaf.
-        _Number(keys[:-1], field, *jax.tree_util.tree_leaves(value))
-        for keys, node in flat
-        if _is_metrics(node)
-        for field, value in zip(node._fields, node, strict=True)
-        if value is not None
-    ]
+def found(opt_state: Tree, *kinds: type[T]) -> list[tuple[KeyPath, T]]:
+    """The parts of these kinds in a state, with the keys of the state they are in."""
+    kind = type(opt_state)
+    if kind.__module__.startswith("flax.nnx") and kind.__name__ == "State":
+        raise error(
+            "opt_state must have the types of a state, got an nnx.State; call "
+            f"{caller()}(optimizer.opt_state)."
+        )
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, kinds)
+    )
+    return [(keys[:-1], node) for keys, node in flat if isinstance(node, kinds)]
 
 
-def _is_metrics(node: object) -> TypeGuard[ClipMetrics | SkipMetrics]:
-    return isinstance(node, ClipMetrics | SkipMetrics)
+def unwrapped(value: Tree) -> Tree:
+    """An array without the Variable of `nnx.Optimizer` around it: a tree of one."""
+    return None if value is None else jax.tree_util.tree_leaves(value)[0]
+
+
+def _numbers(opt_state: Tree) -> Iterator[_Number]:
+    for keys, node in found(opt_state, ClipMetrics, SkipMetrics):
+        for field, value in zip(node._fields, node, strict=True):
+            if value is not None:
+                yield _Number(keys, field, unwrapped(value))
+
+
+def _recorded(opt_state: Tree, separator: str) -> Iterator[_Number]:
+    """The last row of every recorder."""
+    for keys, state in found(opt_state, RecorderState):
+        last = jnp.argmax(unwrapped(state.steps), axis=-1)[..., None, None]
+        for kind, table in (("size", state.sizes), ("ratio", state.ratios)):
+            if table is None:
+                continue
+            row = jnp.take_along_axis(unwrapped(table), last, axis=-2)[..., 0, :]
+            for column, name in enumerate(state.labels.names):
+                yield _Number(keys, f"{kind}{separator}{name}", row[..., column])
 
 
 def _given_names(keys: KeyPath) -> list[str]:

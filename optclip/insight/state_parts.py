@@ -19,9 +19,11 @@ import numpy as np
 
 from optclip._core import paths
 from optclip._core.types import Shape, Tree
-from optclip.clipping.engine import ClipState
+from optclip.clipping.engine import ClipState, RecordedClipState
+from optclip.clipping.recorder import RecorderState
 
 Path = tuple[str, ...]
+_CLIPS = (ClipState.__name__, RecordedClipState.__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,11 @@ class Part(NamedTuple):
 
 def _parts(node: Node, labels: tuple[str, ...] = ()) -> Iterator[Part]:
     inner: dict[str, Node] = {}
-    # What a limit was learned from belongs with the count of its steps.
-    if not isinstance(node.value, ClipState):
+    # What a limit was learned from belongs with the count of its steps; what is kept
+    # for reading only does not.
+    if isinstance(node.value, RecordedClipState):
+        inner = {"recorder": node.children["recorder"]}
+    elif not isinstance(node.value, ClipState):
         inner = {k: v for k, v in node.children.items() if _holds_states(v)}
     own = tuple(name for name in node.children if name not in inner)
     if node.is_leaf or (own and (node.is_state or not inner)):
@@ -166,8 +171,16 @@ def _is_taken(part: Part, old: Node) -> bool:
     if not new.is_state:
         # One array looks like another: only a place of the same names will do.
         return _field_names(new) == _field_names(old) and _fits(new, old)
-    if isinstance(new.value, ClipState):
-        return _fits(new, old)
+    if isinstance(new.value, ClipState | RecordedClipState):
+        return (
+            old.kind in (None, *_CLIPS)
+            and set(part.own) == old.children.keys() - {"recorder"}
+            and all(_fits(new.children[name], old.children[name]) for name in part.own)
+        )
+    if isinstance(new.value, RecorderState) and isinstance(old.value, RecorderState):
+        # Rows of other leaves would get the names of these.
+        if new.value.labels != old.value.labels:
+            return False
     known = set(new.value._fields)
     return (
         new.kind == (old.kind or new.kind)

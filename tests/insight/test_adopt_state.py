@@ -542,3 +542,31 @@ def test_a_state_without_leaves_leaves_all_fresh(old):
     assert (adopted.kept, adopted.unused) == ((), ())
     assert len(adopted.fresh) == len(jax.tree.leaves(new))
     chex.assert_trees_all_equal(adopted.state, new)
+
+
+# Recorders.
+
+
+def test_a_recorder_comes_and_goes():
+    """What a rule learned is kept, and what it recorded if it is of the same leaves."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+
+    def after(record, params=params):
+        tx = untyped(optclip.spike_clip(record=record))
+        return tx.init(params), tx.update(params, tx.init(params))[1]
+
+    (plain, old), (fresh, recorded) = after(0), after(4)
+    adopted = adopt_state(fresh, old)
+    assert adopted.kept == ("threshold", "metrics") and not adopted.unused
+    assert all(name.startswith("recorder/") for name in adopted.fresh)
+    assert adopted.state.metrics.steps == 1 and adopted.state.recorder.steps.sum() == 0
+    adopted = adopt_state(plain, recorded)
+    assert not adopted.fresh and adopted.state.metrics.steps == 1
+    assert all(name.startswith("recorder/") for name in adopted.unused)
+    adopted = adopt_state(fresh, recorded)
+    assert not adopted.fresh and not adopted.unused
+    assert adopted.state.recorder.steps.tolist() == [1, 0, 0, 0]
+    for other, _ in (after(5), after(4, {"a": jnp.ones(2), "c": jnp.ones(3)})):
+        adopted = adopt_state(other, recorded)
+        assert adopted.kept == ("threshold", "metrics")
+        assert adopted.state.recorder.steps.sum() == 0

@@ -177,6 +177,16 @@ ROWS = [
         variant=True,
     ),
     Row(
+        "clip_by_global_norm-record",
+        "clip",
+        lambda limit, **options: optclip.clip_by_global_norm(
+            limit, record=3, **options
+        ),
+        {"grouping": "whole"},
+        public="clip_by_global_norm",
+        argument="max_norm",
+    ),
+    Row(
         "clip_by_norm",
         "clip",
         lambda limit, **options: optclip.clip_by_norm(limit, **options),
@@ -200,6 +210,16 @@ ROWS = [
         "clip",
         lambda limit, **options: optclip.clip_by_norm(
             limit, grouping=groupings.per_unit(), **options
+        ),
+        {"grouping": "unit"},
+        public="clip_by_norm",
+        argument="max_norm",
+    ),
+    Row(
+        "clip_by_norm-per_unit-record",
+        "clip",
+        lambda limit, **options: optclip.clip_by_norm(
+            limit, grouping=groupings.per_unit(), record=3, **options
         ),
         {"grouping": "unit"},
         public="clip_by_norm",
@@ -284,6 +304,7 @@ ROWS = [
     _adaptive("autoclip", percentile=40.0, window=3),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
     _adaptive("adagc", "leaf", warmup_steps=2),
+    _adaptive("adagc", "leaf", warmup_steps=2, record=2)._replace(name="adagc-record"),
     _adaptive("quantile_clip"),
     _adaptive("norm_growth_clip", "leaf"),
     _adaptive(
@@ -313,6 +334,13 @@ ROWS = [
         {"grouping": "leaf", "measure": "rms"},
         public="monitor",
         variant=True,
+    ),
+    Row(
+        "monitor-record",
+        "measuring",
+        lambda limit: optclip.monitor(record=2),
+        {"grouping": "whole"},
+        public="monitor",
     ),
 ]
 

@@ -125,6 +125,7 @@ def adagc(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGC: bounds each leaf's norm by a multiple of its own running average.
 
@@ -146,6 +147,7 @@ def adagc(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -173,4 +175,5 @@ def adagc(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )

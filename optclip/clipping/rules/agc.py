@@ -72,6 +72,7 @@ def adaptive_grad_clip(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AGC: bounds each unit's norm relative to the norm of its parameters.
 
@@ -99,6 +100,7 @@ def adaptive_grad_clip(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`; `update` needs the parameters.
@@ -133,4 +135,5 @@ def adaptive_grad_clip(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )

@@ -109,6 +109,7 @@ def autoclip(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AutoClip: bounds the norm by a percentile of its own history.
 
@@ -128,6 +129,7 @@ def autoclip(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`, which holds window × groups
@@ -155,4 +157,5 @@ def autoclip(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )

@@ -84,6 +84,7 @@ def norm_growth_clip(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds how fast each leaf's norm may grow from one step to the next.
 
@@ -100,6 +101,7 @@ def norm_growth_clip(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -126,4 +128,5 @@ def norm_growth_clip(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )

@@ -5,8 +5,8 @@
     clip_by_block_rms      the root mean square of each leaf
 
 Each takes a number, an array, a traced value or an Optax schedule as its limit, works
-under `optax.inject_hyperparams` (static_args: `axis_name` if it is a name), and keeps
-`ClipState`.
+under `optax.inject_hyperparams` (static_args: `record`, and `axis_name` if it is a
+name), and keeps `ClipState`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def clip_by_global_norm(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm of the whole tree, keeping its direction.
 
@@ -48,6 +49,7 @@ def clip_by_global_norm(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -74,6 +76,7 @@ def clip_by_global_norm(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )
 
 
@@ -86,6 +89,7 @@ def clip_by_norm(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm of each leaf on its own.
 
@@ -104,6 +108,7 @@ def clip_by_norm(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -126,6 +131,7 @@ def clip_by_norm(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )
 
 
@@ -137,6 +143,7 @@ def clip_by_block_rms(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the root mean square of each leaf.
 
@@ -153,6 +160,7 @@ def clip_by_block_rms(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -176,6 +184,7 @@ def clip_by_block_rms(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )
 
 
@@ -184,6 +193,8 @@ def monitor(
     measure: Measure = l2,
     grouping: Grouping = whole(),
     axis_name: AxisName = None,
+    record: int | None = None,
+    ratios: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures and changes nothing, not even a NaN.
 
@@ -194,9 +205,13 @@ def monitor(
       grouping: what is measured together, one of `optclip.groupings`.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
+      ratios: whether it also keeps the sizes divided by those of the parameters, see
+        `clip_by`. At the end of a chain that is how far a step moves each leaf.
 
     Returns:
-      A gradient transformation with state `ClipState`, whose metrics have no limit.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records), whose metrics have no limit.
 
     Edge cases: a size that is not finite shows as it is, and is counted.
 
@@ -208,4 +223,11 @@ def monitor(
     >>> print(updates["w"], optclip.metrics(state)["size"])
     [3. 4.] 5.0
     """
-    return clip_by(unlimited(), measure=measure, grouping=grouping, axis_name=axis_name)
+    return clip_by(
+        unlimited(),
+        measure=measure,
+        grouping=grouping,
+        axis_name=axis_name,
+        record=record,
+        ratios=ratios,
+    )

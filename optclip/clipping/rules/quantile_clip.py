@@ -92,6 +92,7 @@ def quantile_clip(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by an online estimate of a quantile of its history.
 
@@ -109,6 +110,7 @@ def quantile_clip(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -134,4 +136,5 @@ def quantile_clip(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )

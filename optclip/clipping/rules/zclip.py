@@ -157,6 +157,7 @@ def zclip(
     action: Action = rescale(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    record: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: bounds norms that are outliers against their running mean.
 
@@ -181,6 +182,7 @@ def zclip(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
+      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
       A gradient transformation with state `ClipState`.
@@ -210,4 +212,5 @@ def zclip(
         action=action,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        record=record,
     )
