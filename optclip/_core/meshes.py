@@ -79,17 +79,14 @@ def axis_size(axes: MeshAxes) -> int:
 
 
 def is_split(x: jax.Array) -> bool:
-    """Whether XLA may split a value over devices: it knows of a mesh that is not manual.
+    """Whether XLA may split a value: it knows of a mesh with axes that are not manual.
 
     False under `jit(in_shardings=...)` of arrays that lie on one device, in no mesh's
     scope: there the mesh is not known before XLA has the program.
     """
-    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    if mesh is None or mesh.empty:
-        return False
-    return any(
-        size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items()
-    )
+    mesh = jax.typeof(x).sharding.mesh
+    automatic = set(mesh.axis_names).difference(mesh.manual_axes)
+    return any(mesh.shape[axis] > 1 for axis in automatic)
 
 
 def any_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
