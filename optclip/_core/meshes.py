@@ -15,6 +15,7 @@ XLA splits an array over devices it gathers all of each first. `is_split` says w
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip._core import paths
-from optclip._core.public import error
+from optclip._core.public import caller, error
 from optclip._core.types import Arrays, AxisName
 
 
@@ -45,6 +46,19 @@ def varying_axes(x: Any) -> MeshAxes:
     manual = getattr(aval, "manual_axis_type", None)
     axes = manual.varying if manual is not None else getattr(aval, "vma", None) or ()
     return tuple(sorted(axes, key=str))
+
+
+def warn_where_types_say_nothing() -> None:
+    """Warns inside `pmap` and `shard_map(check_vma=False)`: every shard seems whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+    if axes and not varying_axes(jax.lax.axis_index(axes)):
+        warnings.warn(
+            f"{caller()}: axis_name must say over which of the mesh axes {axes} groups "
+            "extend, got None under pmap or check_vma=False, where no type does; () "
+            "means that they are whole on each device, as gradients after pmean are.",
+            stacklevel=2,
+        )
 
 
 def axes_of(axis_name: AxisName) -> AxesOf:

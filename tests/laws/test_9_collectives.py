@@ -38,9 +38,8 @@ def _on_cpu():
 
 
 @functools.cache
-def _optax(row: Row, spec: P) -> int:
+def _optax(units: bool, spec: P) -> int:
     """All-reduces of Optax's rule of the kind; its AGC knows no Explicit mesh."""
-    units = row.oracle["grouping"] == "unit"
     tx = optax.adaptive_grad_clip(0.01) if units else optax.clip_by_global_norm(1.0)
     return len(of_update(tx, 2, spec=spec).everywhere)
 
@@ -51,12 +50,12 @@ def _most(row: Row, spec: P) -> int:
     match row.oracle["grouping"]:
         # Totals, twice; whether they are good; the furthest over, its numbers, a count.
         case "unit":
-            return _optax(row, spec) + 5
+            return _optax(True, spec) + 5
         case "example":  # groups of one leading axis, else like units
             return 6
         case "element":  # flags for the counters, where there are some
             return len(split) if row.has_metrics is True else 0
-    return row.sums * _optax(row, spec)
+    return row.sums * _optax(False, spec)
 
 
 def _numbers(row: Row, leaves: int) -> int:
