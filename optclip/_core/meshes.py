@@ -6,10 +6,10 @@ over the whole array, and a replicated leaf is counted once. `axis_name` replace
 reading of types where they say nothing (`pmap`, `check_vma=False`) or something else
 than meant (gradients before their reduction, all_gathered leaves).
 
-Maxima need care under `jit` as well: an all-reduce of them may forget the NaN of one
-device (XLA:CPU's does, and NCCL's is free to), which integers of the same order do not.
-So do reductions of several arrays in one, which XLA:CPU needs to read them once: where
-XLA splits an array over devices it gathers all of each first. `is_split` says where.
+Two things need care under `jit` as well. An all-reduce of maxima may forget the NaN of
+one device (XLA:CPU's does, and NCCL's is free to); of integers in the same order it
+does not. And XLA:CPU needs one reduction of several arrays to read them once, but where
+XLA splits them over devices it gathers them whole for that; `is_split` says where.
 """
 
 from __future__ import annotations

@@ -22,12 +22,14 @@ class ClipMetrics(NamedTuple):
 
     Attributes:
       size: before clipping, of the group furthest over its limit (largest size/limit).
-        float32, or float64 if there are float64 leaves; None under `per_element`. Right
-        to the smallest normal number for a single group. Of several, a size whose
-        squares vanish counts as 0 unless its limit is as small: below 3e-10 in float32
-        for the Euclidean norm.
-      limit: of that group; the largest finite number where nothing is limited at this
-        step, None for a rule that never limits and under `per_element`.
+        Of groups whose ratios agree to 16 bits it is the largest size, so that no mesh
+        chooses another by how it rounds. float32, or float64 if there are float64
+        leaves; None under `per_element`. Right to the smallest normal number for a
+        single group. Of several, a size whose squares vanish counts as 0 unless its
+        limit is as small: below 3e-10 in float32 for the Euclidean norm.
+      limit: of that group, or the largest of those whose ratios agree, which is less
+        than 1 % above; the largest finite number where nothing is limited at this step,
+        None for a rule that never limits and under `per_element`.
       clipped_fraction: of the groups, in [0, 1], at this step; None under
         `per_element`.
       steps: how many updates there were, int32; 0 before the first, when size and limit
@@ -197,13 +199,13 @@ def _reduced(*fields: jax.Array) -> _Summary:
         )
 
     none = (-1.0, -1.0, -np.inf, 0.0, 0.0)  # in the order of the fields
-    dtype, axes = fields[0].dtype, tuple(range(fields[0].ndim))
+    first, *_ = fields
     return _Summary(
         *jax.lax.reduce(
             fields,
-            tuple(dtype.type(number) for number in none),
+            tuple(first.dtype.type(number) for number in none),
             lambda a, b: tuple(of_both(a, b)),
-            axes,
+            tuple(range(first.ndim)),
         )
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import re
 from typing import Any, NamedTuple
@@ -36,10 +37,11 @@ SPEC = P("data", "model")
 
 
 class Sent(NamedTuple):
-    """One collective: its kind, and how many numbers each device gives."""
+    """One collective: its kind, how many numbers each device gives, and their bytes."""
 
     kind: str
     numbers: int
+    bytes: int
 
 
 class Collectives(NamedTuple):
@@ -67,11 +69,11 @@ def collectives(text: str) -> Collectives:
         elif name:
             found = re.search(rf" = (.*?) ({'|'.join(KINDS)})[\w-]*\(", line)
             if found and "-done(" not in line:
-                shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
-                numbers = sum(
-                    math.prod(map(int, filter(None, s.split(",")))) for s in shapes
-                )
-                sent[name].append(Sent(found[2], numbers))
+                arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+                sizes = [math.prod(map(int, re.findall(r"\d+", s))) for _, s in arrays]
+                bits = [int(re.sub(r"\D", "", dtype) or 8) for dtype, _ in arrays]
+                total = sum(map(operator.mul, sizes, bits)) // 8
+                sent[name].append(Sent(found[2], sum(sizes), total))
             if " conditional(" not in line:
                 keys = r"(?:to_apply|calls|body|condition)=%?([\w.-]+)"
                 called[name].update(re.findall(keys, line))
@@ -147,7 +149,7 @@ def table(leaves: int = 12, shape: tuple[int, int] = (1024, 1024)) -> str:
     for name, tx in RULES:
         cells = [f"`{name}`"]
         for part in of_update(tx, leaves, shape=shape):
-            cells += [str(len(part)), f"{4 * sum(one.numbers for one in part):,}"]
+            cells += [str(len(part)), f"{sum(one.bytes for one in part):,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

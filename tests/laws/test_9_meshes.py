@@ -759,7 +759,7 @@ def test_auto_axes_send_one_number_for_each_sharded_leaf_at_most():
 @pytest.mark.parametrize("context", ["auto", "explicit", "shard_map"])
 def test_groups_equally_far_over_show_as_one_number(context):
     """Whichever ratio is the largest by an ulp on this mesh: the largest size."""
-    tree = {f"{n}": (1 + n % 3) * _normal(8, 8, seed=n) for n in range(8)}
+    tree = {f"{n}": (1 + n) * _normal(8, 8, seed=n) for n in range(8)}
     specs = {name: P("data", "model") for name in tree}
     step = _step(optclip.adagc(warmup_steps=2), (1, 1, 1, 9))
     expected = jax.jit(step)(tree, tree)
