@@ -224,6 +224,8 @@ def mesh_axes_of(
             f"for {str(leaf.path)!r}, which varies over {varying}; () means that each "
             f"{group} is whole on its device."
         )
+    if not varying and jax.sharding.get_abstract_mesh().manual_axes:
+        meshes.warn_where_types_say_nothing()
     return varying
 
 

@@ -6,21 +6,25 @@ over the whole array, and a replicated leaf is counted once. `axis_name` replace
 reading of types where they say nothing (`pmap`, `check_vma=False`) or something else
 than meant (gradients before their reduction, all_gathered leaves).
 
-Maxima need care under `jit` as well: an all-reduce of them may forget the NaN of one
-device (XLA:CPU's does, and NCCL's is free to), which a sum beside them remembers.
+Two things need care under `jit` as well. An all-reduce of maxima may forget the NaN of
+one device (XLA:CPU's does, and NCCL's is free to); of integers in the same order it
+does not. And XLA:CPU needs one reduction of several arrays to read them once, but where
+XLA splits them over devices it gathers them whole for that; `is_split` says where.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optclip._core import paths
-from optclip._core.public import error
+from optclip._core.public import caller, error
 from optclip._core.types import Arrays, AxisName
 
 
@@ -42,6 +46,19 @@ def varying_axes(x: Any) -> MeshAxes:
     manual = getattr(aval, "manual_axis_type", None)
     axes = manual.varying if manual is not None else getattr(aval, "vma", None) or ()
     return tuple(sorted(axes, key=str))
+
+
+def warn_where_types_say_nothing() -> None:
+    """Warns inside `pmap` and `shard_map(check_vma=False)`: every shard seems whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+    if axes and not varying_axes(jax.lax.axis_index(axes)):
+        warnings.warn(
+            f"{caller()}: axis_name must say over which of the mesh axes {axes} groups "
+            "extend, got None under pmap or check_vma=False, where no type does; () "
+            "means that they are whole on each device, as gradients after pmean are.",
+            stacklevel=2,
+        )
 
 
 def axes_of(axis_name: AxisName) -> AxesOf:
@@ -75,6 +92,35 @@ def axis_size(axes: MeshAxes) -> int:
         ) from None
 
 
+def is_split(x: jax.Array) -> bool:
+    """Whether XLA may split a value: it knows of a mesh with axes that are not manual.
+
+    False under `jit(in_shardings=...)` of arrays that lie on one device, in no mesh's
+    scope: there the mesh is not known before XLA has the program.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    automatic = set(mesh.axis_names).difference(mesh.manual_axes)
+    return any(mesh.shape[axis] > 1 for axis in automatic)
+
+
+def any_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether any flag is set in a, and whether any is in b, in one read.
+
+    One array of comparisons by itself XLA:CPU writes to memory first, and then reduces
+    it in three kernels; two that are reduced together it makes on the way, in one.
+    """
+    if is_split(a):
+        return jnp.any(a), jnp.any(b)
+    return tuple(
+        jax.lax.reduce(
+            (a, b),
+            (False, False),
+            lambda x, y: (x[0] | y[0], x[1] | y[1]),
+            tuple(range(a.ndim)),
+        )
+    )
+
+
 def anywhere(flag: jax.Array, axes: MeshAxes) -> jax.Array:
     """Whether a flag is set on any device along these axes."""
     return jax.lax.psum(flag.astype(jnp.int32), axes) > 0 if axes else flag
@@ -96,12 +142,41 @@ def remembering(largest: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(total), jnp.nan, largest)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def largest(
+    x: jax.Array, axis: tuple[int, ...] | None = None, keepdims: bool = False
+) -> jax.Array:
+    """The maximum, NaN if any is NaN: as `jnp.max`, wherever the array lies."""
+    return _from_ordered(jnp.max(_ordered(x), axis, keepdims=keepdims), x.dtype)
+
+
+@largest.defjvp
+def _largest_jvp(
+    axis: tuple[int, ...] | None, keepdims: bool, primals: Arrays, tangents: Arrays
+) -> tuple[jax.Array, jax.Array]:
+    def maximum(x: jax.Array) -> jax.Array:
+        return jnp.max(x, axis, keepdims=keepdims)
+
+    return largest(*primals, axis, keepdims), jax.jvp(maximum, primals, tangents)[1]
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Numbers as integers of the same order, every NaN at the top."""
+    bits = jax.lax.bitcast_convert_type(
+        jnp.where(jnp.isnan(x), jnp.nan, x), f"int{8 * x.dtype.itemsize}"
+    )
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def _from_ordered(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    bits = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest_across(x: jax.Array, axes: MeshAxes) -> jax.Array:
-    """The maximum of non-negative numbers over mesh axes, NaN if any is NaN."""
-    # As integers these have the same order, and every NaN is at the top.
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(jax.lax.pmax(bits, axes), x.dtype)
+    """The maximum over mesh axes, NaN if any is NaN."""
+    return _from_ordered(jax.lax.pmax(_ordered(x), axes), x.dtype)
 
 
 @largest_across.defjvp

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip._core import meshes, numerics
+from optclip._core import meshes
 
 
 class ClipMetrics(NamedTuple):
@@ -22,12 +22,14 @@ class ClipMetrics(NamedTuple):
 
     Attributes:
       size: before clipping, of the group furthest over its limit (largest size/limit).
-        float32, or float64 if there are float64 leaves; None under `per_element`. Right
-        to the smallest normal number for a single group. Of several, a size whose
-        squares vanish counts as 0 unless its limit is as small: below 3e-10 in float32
-        for the Euclidean norm.
-      limit: of that group; the largest finite number where nothing is limited at this
-        step, None for a rule that never limits and under `per_element`.
+        Of groups whose ratios agree to 16 bits it is the largest size, so that no mesh
+        chooses another by how it rounds. float32, or float64 if there are float64
+        leaves; None under `per_element`. Right to the smallest normal number for a
+        single group. Of several, a size whose squares vanish counts as 0 unless its
+        limit is as small: below 3e-10 in float32 for the Euclidean norm.
+      limit: of that group, or the largest of those whose ratios agree, which is less
+        than 1 % above; the largest finite number where nothing is limited at this step,
+        None for a rule that never limits and under `per_element`.
       clipped_fraction: of the groups, in [0, 1], at this step; None under
         `per_element`.
       steps: how many updates there were, int32; 0 before the first, when size and limit
@@ -98,11 +100,11 @@ def after(
     counted = old._replace(
         steps=steps,
         clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
-        nonfinite_steps=_count(old.nonfinite_steps, overall.nonfinite > 0),
+        nonfinite_steps=_count(old.nonfinite_steps, ~jnp.isfinite(overall.size)),
     )
     if old.size is None or old.clipped_fraction is None:
         return counted
-    size = jnp.where(overall.nan > 0, jnp.nan, overall.size).astype(old.size.dtype)
+    size = overall.size.astype(old.size.dtype)
     fraction = (overall.clipped / overall.count).astype(old.clipped_fraction.dtype)
     limit = None if old.limit is None else overall.limit.astype(old.limit.dtype)
     return counted._replace(size=size, limit=limit, clipped_fraction=fraction)
@@ -123,24 +125,22 @@ def furthest(blocks: list[_Summary]) -> jax.Array:
         else:
             numbers = jnp.stack([jnp.stack(block) for block in own.values()])
             numbers = meshes.from_all(numbers, axes)
-            met = jax.vmap(lambda x: _reduced(*x.T, like=x[:, 0]), 1)(numbers)
-        largest = jnp.where(met.nan > 0, jnp.nan, met.size)
-        found |= dict(zip(own, largest, strict=True))
+            met = jax.vmap(lambda x: _reduced(*x.T), 1)(numbers)
+        found |= dict(zip(own, met.size, strict=True))
     return jnp.stack([found[number] for number in range(len(blocks))])
 
 
 class _Summary(NamedTuple):
     """One or more blocks, as scalars; of one dtype, because XLA:CPU reduces no others.
 
-    The first three are of the group furthest over its limit, the others of all groups.
+    The first three are of the groups furthest over their limits, the largest of each,
+    the others of all groups. A group that is not finite is the furthest.
     """
 
     ratio: jax.Array
     size: jax.Array
     limit: jax.Array
     clipped: jax.Array
-    nonfinite: jax.Array
-    nan: jax.Array  # what a comparison of sizes would not see
     count: jax.Array
 
 
@@ -157,44 +157,55 @@ def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
     clipped = finite & (size > bound)
     # Anything over a limit of 0 or NaN, and anything not finite, is the furthest over.
     endless = ~finite | (clipped & (bound == 0)) | jnp.isnan(bound)
-    nan = jnp.isnan(size)
-    groups = _Summary(
-        ratio=jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound)),
-        size=jnp.where(nan, jnp.inf, size),
-        # Infinity would make NaN in states that a wrapper mixes by a·x + (1 - a)·y.
-        limit=jnp.minimum(limit, jnp.finfo(limit.dtype).max),
-        clipped=clipped,
-        nonfinite=~finite,
-        nan=nan,
-        count=jnp.ones((), size.dtype),
-    )
-    return _reduced(*[jnp.broadcast_to(x, size.shape) for x in groups], like=size)
+    ratio = jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound))
+    # To 16 bits, so that groups equally far over are so however their sums are rounded.
+    ratio = jax.lax.reduce_precision(ratio, jnp.finfo(ratio.dtype).nexp, 7)
+    # Infinity would make NaN in states that a wrapper mixes by a·x + (1 - a)·y.
+    limit = jnp.minimum(limit, jnp.finfo(limit.dtype).max)
+    one = jnp.ones((), size.dtype)
+    if meshes.is_split(size):  # one array at a time
+        top = jnp.max(ratio)
+        return _Summary(
+            ratio=top,
+            size=meshes.largest(jnp.where(ratio == top, size, -jnp.inf)),
+            limit=meshes.largest(jnp.where(ratio == top, limit, -jnp.inf)),
+            clipped=jnp.sum(clipped, dtype=size.dtype),
+            count=size.size * one,
+        )
+    groups = _Summary(ratio, size, limit, clipped.astype(size.dtype), one)
+    return _reduced(*[jnp.broadcast_to(x, size.shape) for x in groups])
 
 
 @jax.jit
-def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
+def _reduced(*fields: jax.Array) -> _Summary:
     """The summary of many, in one read: apart, XLA:CPU writes each field to memory."""
 
     def of_both(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> _Summary:
         a, b = _Summary(*a), _Summary(*b)
-        further = (a.ratio > b.ratio) | ((a.ratio == b.ratio) & (a.size > b.size))
+        top = jnp.maximum(a.ratio, b.ratio)
+        size, limit = (
+            jnp.maximum(
+                jnp.where(a.ratio == top, x, -jnp.inf),
+                jnp.where(b.ratio == top, y, -jnp.inf),
+            )
+            for x, y in ((a.size, b.size), (a.limit, b.limit))
+        )
         return _Summary(
-            ratio=jnp.where(further, a.ratio, b.ratio),
-            size=jnp.where(further, a.size, b.size),
-            limit=jnp.where(further, a.limit, b.limit),
+            ratio=top,
+            size=size,
+            limit=limit,
             clipped=a.clipped + b.clipped,
-            nonfinite=jnp.maximum(a.nonfinite, b.nonfinite),
-            nan=jnp.maximum(a.nan, b.nan),
             count=a.count + b.count,
         )
 
-    none = (-1.0, -1.0, -np.inf, 0.0, 0.0, 0.0, 0.0)  # in the order of the fields
+    none = (-1.0, -1.0, -np.inf, 0.0, 0.0)  # in the order of the fields
+    first, *_ = fields
     return _Summary(
         *jax.lax.reduce(
-            tuple(field.astype(like.dtype) for field in fields),
-            tuple(like.dtype.type(number) for number in none),
+            fields,
+            tuple(first.dtype.type(number) for number in none),
             lambda a, b: tuple(of_both(a, b)),
-            tuple(range(like.ndim)),
+            tuple(range(first.ndim)),
         )
     )
 
@@ -204,10 +215,10 @@ def _counts(size: jax.Array, limit: jax.Array) -> _Summary:
     """The summary of single elements, of which only flags are wanted."""
     finite = jnp.isfinite(size)
     over = finite & (size > jnp.maximum(limit, 0))
-    clipped, nonfinite = numerics.any_of_both(over, ~finite)
+    clipped, nonfinite = meshes.any_of_both(over, ~finite)
     unknown, one = jnp.zeros((), size.dtype), jnp.ones((), size.dtype)
-    flags = clipped.astype(size.dtype), nonfinite.astype(size.dtype)
-    return _Summary(unknown, unknown, unknown, *flags, unknown, one)
+    largest = jnp.where(nonfinite, jnp.inf, unknown)
+    return _Summary(unknown, largest, unknown, clipped.astype(size.dtype), one)
 
 
 def _together(summaries: list[_Summary], axes: meshes.MeshAxes) -> _Summary:
@@ -219,4 +230,4 @@ def _together(summaries: list[_Summary], axes: meshes.MeshAxes) -> _Summary:
     numbers = jnp.stack([jnp.stack(own) for own in summaries])
     if axes:
         numbers = meshes.from_all(numbers, axes).reshape(-1, len(_Summary._fields))
-    return _reduced(*numbers.T, like=numbers[:, 0])
+    return _reduced(*numbers.T)

@@ -123,22 +123,6 @@ def _range_of(dtype: type) -> Range:
 RANGES = {np.dtype(dtype): _range_of(dtype) for dtype in (np.float32, np.float64)}
 
 
-def any_of_both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether any flag is set in a, and whether any is in b, in one read.
-
-    One array of comparisons by itself XLA:CPU writes to memory first, and then reduces
-    it in three kernels; two that are reduced together it makes on the way, in one.
-    """
-    return tuple(
-        jax.lax.reduce(
-            (a, b),
-            (False, False),
-            lambda x, y: (x[0] | y[0], x[1] | y[1]),
-            tuple(range(a.ndim)),
-        )
-    )
-
-
 @jax.custom_jvp
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The square root, with derivative 0 instead of infinity at 0."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optclip._core import meshes, numerics, three_sums
-from optclip._core.groups import Apart, Arrays, Groups, aligned, by_block
+from optclip._core.groups import Apart, Arrays, Group, Groups, aligned, by_block
 from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
 
@@ -120,30 +121,51 @@ def _fits_one_pass(groups: Groups, leaves: Arrays, measure: Measure) -> bool:
     return measure.power is not None and all(whole)
 
 
-def in_doubt(
-    groups: Groups, leaves: Arrays, measure: Measure, rough: Arrays, known: Arrays
-) -> jax.Array | None:
-    """Whether a second pass is needed; None where none ever is.
+class Rough(NamedTuple):
+    """Sizes from plain sums, one array a block, and what they came from.
 
-    It is if a size is not finite, or is tiny while its limit in `known`, one array a
-    block, is tinier: never for groups that are merely zero under an ordinary limit. A
-    limit that is not known counts as 0. Sizes come one array a block, too.
+    Attributes:
+      groups: of the tree.
+      leaves: its measured leaves.
+      sizes: which may have lost summands.
+      known: below which sizes they may count as 0, one array a block.
     """
-    # float16's squares, and their sums, lie well inside float32's range.
-    half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
-    if measure.power is None or half or not groups.groups:
+
+    groups: Groups
+    leaves: Arrays
+    sizes: Arrays
+    known: Arrays
+
+
+def in_doubt(measure: Measure, *trees: Rough) -> jax.Array | None:
+    """Whether a second pass is needed, one for all trees; None where none ever is.
+
+    It is if a size is not finite, or is tiny while what is known of its limit is
+    tinier: never for groups that are merely zero under an ordinary limit.
+    """
+    doubts = []
+    for groups, leaves, sizes, known in trees:
+        # float16's squares, and their sums, lie well inside float32's range.
+        half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
+        if measure.power is None or half or not groups.groups:
+            continue
+        if numerics.backend() == "gpu" and _fits_one_pass(groups, leaves, measure):
+            continue
+        edges = _edges(groups, measure)
+        if groups.joint:
+            shared = min(edges) == max(edges)
+            edges = [edges[0] if shared else jnp.asarray(edges, groups.dtype)]
+        doubts += [
+            _has_doubts(*block) for block in zip(sizes, known, edges, strict=True)
+        ]
+    if not doubts:
         return None
-    if numerics.backend() == "gpu" and _fits_one_pass(groups, leaves, measure):
-        return None
-    edges = _edges(groups, measure)
-    if groups.joint:
-        shared = min(edges) == max(edges)
-        edges = [edges[0] if shared else jnp.asarray(edges, groups.dtype)]
-    doubts = [_has_doubts(*block) for block in zip(rough, known, edges, strict=True)]
     doubt = joined(ANY, doubts)
-    if not any(member.mesh for group in groups.groups for member in group.members):
+    all_groups = [group for tree in trees for group in tree.groups.groups]
+    if not any(member.mesh for group in all_groups for member in group.members):
         return doubt
-    return meshes.anywhere(doubt, _divided(groups, leaves, doubt))
+    all_leaves = [leaf for tree in trees for leaf in tree.leaves]
+    return meshes.anywhere(doubt, _divided(all_groups, all_leaves, doubt))
 
 
 def precise_sizes(
@@ -178,7 +200,7 @@ def sizes_of(
     rough = summed_sizes(groups, leaves, measure)
     blocks = by_block(groups, rough)
     known = [jnp.asarray(limit, groups.dtype)] * len(blocks)
-    doubt = in_doubt(groups, leaves, measure, blocks, known)
+    doubt = in_doubt(measure, Rough(groups, leaves, blocks, known))
     if doubt is None:
         return rough
     return jax.lax.cond(doubt, _second_look(groups, measure), _keep, leaves, rough)
@@ -218,6 +240,8 @@ def _reduced(
     summands = summand_of(x)
     if not axes:
         return summands
+    if combine is MAX and meshes.is_split(leaf):
+        return meshes.largest(summands, axes, keepdims)
     total = combine.reduce(summands, axis=axes, keepdims=keepdims)
     if combine is MAX:
         squares = _squares_beside(leaf, wide)
@@ -246,13 +270,13 @@ def _across(
     return out
 
 
-def _divided(groups: Groups, leaves: Arrays, doubt: jax.Array) -> meshes.MeshAxes:
+def _divided(groups: list[Group], leaves: Arrays, doubt: jax.Array) -> meshes.MeshAxes:
     """The mesh axes to agree over: summed along in the branch, but not by every group.
 
     Devices that take different branches would wait for each other forever. None where
     all groups extend over the same axes.
     """
-    of_groups = [{a for m in group.members for a in m.mesh} for group in groups.groups]
+    of_groups = [{a for m in group.members for a in m.mesh} for group in groups]
     summed, by_all = set.union(*of_groups), set.intersection(*of_groups)
     if any(map(meshes.varying_axes, leaves)):
         differs = summed.intersection(meshes.varying_axes(doubt))
@@ -283,9 +307,8 @@ def _edges(groups: Groups, measure: Measure) -> list[float]:
 @jax.jit
 def _has_doubts(size: jax.Array, limit: jax.Array, edge: ArrayLike) -> jax.Array:
     """Whether a block has a size that overflowed, or vanished where it matters."""
-    vanished = (size < edge) & ~(limit >= edge)
-    lost, small = numerics.any_of_both(~jnp.isfinite(size), vanished)
-    return lost | small
+    lost, vanished = ~jnp.isfinite(size), (size < edge) & ~(limit >= edge)
+    return jnp.logical_or(*meshes.any_of_both(lost, vanished))
 
 
 def _scales(

@@ -55,8 +55,9 @@ def clip_by(
         the updates. None reads them from the types, which is right inside `shard_map`
         and all that is needed under `jit`; `pmap` and `check_vma=False` need names, and
         so do units and examples in `shard_map`: no type says along which dimension an
-        array is split. Gradients that `pmean` has averaged are whole on every device:
-        name no axis for them, or the norm is √n times too large on n devices.
+        array is split. Without them the former warn, the latter raise. Gradients that
+        `pmean` has averaged are whole on every device: `()` for them, or the norm is √n
+        times too large on n devices.
       record: how many of the last steps are kept in the state, for `optclip.history`
         and `optclip.explain`: the size of every group, or of every leaf where they make
         one group together, beside the limit and whether it clipped. Of units, each leaf

@@ -35,9 +35,13 @@ from optclip._core.groups import (
 from optclip._core.measures import Measure
 from optclip._core.metrics import ClipMetrics
 from optclip._core.public import error
-from optclip._core.sizes import in_doubt, precise_sizes, summed_sizes
+from optclip._core.sizes import Rough, in_doubt, precise_sizes, summed_sizes
 from optclip._core.types import AxisName, Tree
-from optclip.clipping.other_sizes import combined_size, sizes_of_params
+from optclip.clipping.other_sizes import (
+    combined_size,
+    gathered_params,
+    sizes_of_params,
+)
 from optclip.clipping.recorder import Recorder, RecorderState
 from optclip.clipping.state_blocks import blank_state, packed, repacked, unpacked
 from optclip.clipping.thresholds import Observation, Threshold
@@ -76,6 +80,10 @@ class RecordedClipState(NamedTuple):
 _Measured = tuple[Arrays, Arrays, Arrays]
 
 
+# What a second pass may change: sizes by group, limits, and sizes of the parameters.
+_Again = tuple[Arrays, Arrays | None, Arrays | None]
+
+
 class _Known(NamedTuple):
     """What limits depend on beside the sizes of the groups, block by block."""
 
@@ -100,14 +108,14 @@ class Clip:
     axis_name: AxisName
     recorder: Recorder | None = None
     with_leaves: bool = False  # whether the recorder's sizes are not those of groups
-    second_looks: dict[Groups, Callable[..., Any]] = field(default_factory=dict)
+    second_looks: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     @functools.cached_property
     def blank(self) -> Any:
         """The threshold's state of one group, as shapes."""
         return blank_state(self.threshold)
 
-    @property
+    @functools.cached_property
     def learns(self) -> bool:
         return self.threshold.init is not None
 
@@ -157,9 +165,9 @@ class Clip:
         if self.learns:
             own = unpacked(groups, self.blank, state.threshold)
             known = known._replace(states=own)
+        measured = None
         if self.threshold.needs_params and groups.groups:
-            parts = self.measure, self.grouping, self.mesh_axes
-            own = sizes_of_params(groups, updates, params, *parts)
+            own, measured = self.params_beside(groups, leaves, updates, params)
             known = known._replace(params=own)
 
         alone = apart(groups, leaves) if self.with_leaves and leaves else None
@@ -167,7 +175,8 @@ class Clip:
         blocks = by_block(groups, sizes)
         limits = self.limits(groups, blocks, known)
         rough = sizes, blocks, limits
-        sizes, blocks, limits = self.refined(groups, leaves, rough, known)
+        refined, known = self.refined(groups, leaves, rough, known, measured)
+        sizes, blocks, limits = refined
         if self.threshold.limit is not None:
             targets = list(map(self.target_of, sizes, by_group(groups, limits)))
             updates = rescaled(groups, updates, leaves, sizes[: len(targets)], targets)
@@ -185,6 +194,26 @@ class Clip:
         assert isinstance(state, RecordedClipState)
         recorded = self.recorder.after(state.recorder, parts, beside, numbers)
         return updates, RecordedClipState(learned, numbers, recorded)
+
+    def params_beside(
+        self,
+        groups: Groups,
+        leaves: Arrays,
+        updates: optax.Updates,
+        params: optax.Params | None,
+    ) -> tuple[Arrays, tuple[Groups, Arrays] | None]:
+        """The sizes of the parameters, and what is measured again if the updates are.
+
+        On a mesh both trees share one second pass, for fewer collectives; elsewhere
+        each has its own, for less memory.
+        """
+        given = groups, updates, params
+        if not any(map(meshes.is_split, leaves)):
+            parts = self.measure, self.grouping, self.mesh_axes
+            return sizes_of_params(*given, *parts), None
+        beside = gathered_params(*given, self.grouping, self.mesh_axes)
+        sizes = by_block(beside[0], summed_sizes(*beside, self.measure))
+        return [size.astype(groups.dtype) for size in sizes], beside
 
     def zeros(self, groups: Groups, leaves: Arrays) -> Arrays:
         """A zero for every group, by block; made from sizes it has their sharding."""
@@ -229,8 +258,13 @@ class Clip:
             return [jnp.asarray(limit, groups.dtype) for limit in limits]
 
     def refined(
-        self, groups: Groups, leaves: Arrays, rough: _Measured, known: _Known
-    ) -> _Measured:
+        self,
+        groups: Groups,
+        leaves: Arrays,
+        rough: _Measured,
+        known: _Known,
+        beside: tuple[Groups, Arrays] | None,
+    ) -> tuple[_Measured, _Known]:
         """The same numbers, of a second pass where plain sums left their range."""
         sizes, blocks, limits = rough
         reliable = limits
@@ -240,35 +274,53 @@ class Clip:
         elif self.learns:
             # An infinite limit has nothing learned yet: what it learns must be right.
             reliable = [jnp.where(limit < jnp.inf, limit, 0) for limit in limits]
-        doubt = in_doubt(groups, leaves, self.measure, blocks, reliable)
+        trees = [Rough(groups, leaves, blocks, reliable)]
+        if beside is not None and known.params is not None:
+            # Parameters that are zero need no second look, large ones do.
+            endless = [jnp.asarray(jnp.inf, groups.dtype) for _ in known.params]
+            trees.append(Rough(*beside, known.params, endless))
+        doubt = in_doubt(self.measure, *trees)
         if doubt is None:
-            return rough
+            return rough, known
         # Limits that learn nothing are sooner found again than kept beside the sizes:
         # for AGC those would be 1.2 % of bfloat16 gradients in temporary bytes.
         kept = limits if self.learns else None
-        # One function for each structure of the tree, which JAX compiles once: a new
+        # One function for each structure of the trees, which JAX compiles once: a new
         # one at each eager update would be compiled anew.
-        if groups not in self.second_looks:
-            self.second_looks[groups] = functools.partial(self.second_look, groups)
-        again = self.second_looks[groups]
-        sizes, kept = jax.lax.cond(doubt, again, _keep, leaves, sizes, kept, known)
+        structure = tuple(tree.groups for tree in trees)
+        if structure not in self.second_looks:
+            look = functools.partial(self.second_look, structure)
+            self.second_looks[structure] = look
+        again, both = self.second_looks[structure], [tree.leaves for tree in trees]
+        sizes, kept, own = jax.lax.cond(doubt, again, _keep, both, sizes, kept, known)
+        if own is not None:
+            known = known._replace(params=own)
         blocks = by_block(groups, sizes)
-        return sizes, blocks, kept or self.limits(groups, blocks, known)
+        return (sizes, blocks, kept or self.limits(groups, blocks, known)), known
 
     def second_look(
         self,
-        groups: Groups,
-        leaves: Arrays,
+        structure: tuple[Groups, ...],
+        leaves: list[Arrays],
         rough: Arrays,
         kept: Arrays | None,
         known: _Known,
-    ) -> tuple[Arrays, Arrays | None]:
-        """Sizes of a second pass, and their limits if those of the first were kept."""
-        alone = apart(groups, leaves) if self.with_leaves else None
-        sizes = precise_sizes(groups, leaves, self.measure, rough, alone)
-        if kept is None:
-            return sizes, None
-        return sizes, self.limits(groups, by_block(groups, sizes), known)
+    ) -> _Again:
+        """Sizes of a second pass, their limits if those of the first were kept, and the
+        sizes of parameters that come with the updates."""
+        groups, *beside = structure
+        alone = apart(groups, leaves[0]) if self.with_leaves else None
+        sizes = precise_sizes(groups, leaves[0], self.measure, rough, alone)
+        own = None
+        for params in beside:
+            assert known.params is not None
+            plain = by_group(params, [x.astype(params.dtype) for x in known.params])
+            found = precise_sizes(params, leaves[1], self.measure, plain)
+            own = [size.astype(groups.dtype) for size in by_block(params, found)]
+            known = known._replace(params=own)
+        if kept is not None:
+            kept = self.limits(groups, by_block(groups, sizes), known)
+        return sizes, kept, own
 
     def learned(
         self, groups: Groups, blocks: Arrays, limits: Arrays, known: _Known
@@ -306,9 +358,9 @@ class Clip:
 
 
 def _keep(
-    leaves: Arrays, rough: Arrays, kept: Arrays | None, known: _Known
-) -> tuple[Arrays, Arrays | None]:
-    return rough, kept
+    leaves: list[Arrays], rough: Arrays, kept: Arrays | None, known: _Known
+) -> _Again:
+    return rough, kept, known.params if len(leaves) > 1 else None
 
 
 def _where_finite(size: jax.Array, new: Any, old: Any) -> Any:

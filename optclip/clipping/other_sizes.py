@@ -65,7 +65,21 @@ def sizes_of_params(
     grouping: Grouping,
     mesh_axes: meshes.AxesOf,
 ) -> Arrays:
-    """The sizes of the parameters, block by block as the updates have them.
+    """The sizes of the parameters, block by block as the updates have them."""
+    beside, leaves = gathered_params(groups, updates, params, grouping, mesh_axes)
+    # An infinite limit: parameters that are zero need no second look, large ones do.
+    sizes = sizes_of(beside, leaves, measure, jnp.inf)
+    return by_block(groups, [size.astype(groups.dtype) for size in sizes])
+
+
+def gathered_params(
+    groups: Groups,
+    updates: optax.Updates,
+    params: optax.Params | None,
+    grouping: Grouping,
+    mesh_axes: meshes.AxesOf,
+) -> tuple[Groups, Arrays]:
+    """The parameters as `gather` has them, in the groups of the updates.
 
     Raises:
       ValueError: if params is None, or lacks a leaf of the updates or its shape.
@@ -75,10 +89,7 @@ def sizes_of_params(
             "params must be given to update, because limits or ratios are relative to "
             "them, got None."
         )
-    beside, leaves = gather(_like(updates, params, groups), grouping, mesh_axes)
-    # An infinite limit: parameters that are zero need no second look, large ones do.
-    sizes = sizes_of(beside, leaves, measure, jnp.inf)
-    return by_block(groups, [size.astype(groups.dtype) for size in sizes])
+    return gather(_like(updates, params, groups), grouping, mesh_axes)
 
 
 def _like(updates: optax.Updates, params: optax.Params, groups: Groups) -> Tree:

@@ -200,7 +200,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs a mesh"
 @needs_devices
 @pytest.mark.parametrize(
     ("averaged", "axis_name", "norm"),
-    [(True, None, 3.0), (True, "batch", 6.0), (False, "batch", 6.0)],
+    [(True, (), 3.0), (True, "batch", 6.0), (False, "batch", 6.0)],
 )
 def test_under_pmap_a_name_is_what_leaves_extend_over(averaged, axis_name, norm):
     """Averaged gradients are whole on each of four: a name makes the norm √4 times."""

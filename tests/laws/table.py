@@ -46,6 +46,9 @@ class Row(NamedTuple):
         is rounded as XLA pleases.
       least_limit: positive limits below it may not give the oracle's outputs.
       fuses: whether an optimizer's kernels clip what they read, or the reason not.
+      sums: how many times a joint rule's program holds the sums of a global norm: once,
+        and once more in the second pass, which looks for the largest element first
+        where summands are higher powers than squares.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Row(NamedTuple):
     ulps: int = 2
     least_limit: float = 0.0
     fuses: bool | str = True
+    sums: int = 2
 
 
 def _threshold(limit: Any) -> thresholds.Threshold:
@@ -138,6 +142,7 @@ ROWS = [
         public="clip_by_global_norm",
         argument="max_norm",
         differentiable_to=1e12,
+        sums=3,
     ),
     Row(
         "clip_by_global_norm-lp1.5",
