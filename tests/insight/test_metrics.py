@@ -18,6 +18,7 @@ from tests.untyped import untyped
 
 FIELDS = (
     "size", "limit", "clipped_fraction", "steps", "clipped_steps", "nonfinite_steps",
+    "changed_fraction", "changed_steps",
 )  # fmt: skip
 GRADS = {"a": jnp.array([6.0, 8.0]), "b": jnp.array([0.0, 2.0])}  # sizes 10 and 2
 EXAMPLES = {"a": jnp.array([[3.0, 0.0], [0.3, 0.0]]), "b": jnp.array([4.0, 0.4])}
@@ -40,10 +41,13 @@ def test_the_fields_are_those_documented():
     assert optclip.ClipMetrics._fields == FIELDS
     assert not set(FIELDS) & {"count", "mu", "nu", "trace", "inner_state"}
     _, state = untyped(clip(1.0)).update(GRADS, None)
+    assert list(metrics(state)) == list(FIELDS[:6])  # what only shrinks needs no more
+    _, state = untyped(clip(1.0, action=optclip.actions.floor())).update(GRADS, None)
     dtypes = {name: value.dtype.name for name, value in metrics(state).items()}
     assert list(dtypes) == list(FIELDS)
-    assert set(list(dtypes.values())[:3]) == {"float32"}
-    assert set(list(dtypes.values())[3:]) == {"int32"}
+    floats = {name for name, dtype in dtypes.items() if dtype == "float32"}
+    assert floats == {"size", "limit", "clipped_fraction", "changed_fraction"}
+    assert set(dtypes.values()) == {"float32", "int32"}
     chex.assert_shape(list(state.metrics), ())
 
 
@@ -52,7 +56,22 @@ def test_before_the_first_step(limit):
     state = clip(limit).init(GRADS)
     assert {
         name: value.item() for name, value in metrics(state).items()
-    } == dict.fromkeys(FIELDS, 0)
+    } == dict.fromkeys(FIELDS[:6], 0)
+
+
+def test_changed_is_not_clipped():
+    """A group raised 30-fold was changed and not clipped; a floor clips nothing."""
+    small = {"a": jnp.array([0.06, 0.08]), "b": jnp.array([0.0, 3.0])}  # .1 and 3
+    fields = ("clipped_fraction", "changed_fraction", "clipped_steps", "changed_steps")
+    for action, wanted in (
+        (optclip.actions.floor(), (0.0, 0.5, 0, 1)),
+        (optclip.actions.normalize(), (0.0, 0.5, 0, 1)),
+    ):
+        numbers = seen(clip(3.0, groupings.per_leaf(), action=action), small)
+        assert tuple(numbers[name] for name in fields) == wanted
+    normalize = clip(1.0, groupings.per_leaf(), action=optclip.actions.normalize())
+    numbers = seen(normalize, small, {"a": jnp.zeros(2), "b": jnp.array([0.0, 1.0])})
+    assert tuple(numbers[name] for name in fields) == (0.0, 0.0, 1, 1)
 
 
 GROUPS = {

@@ -22,12 +22,14 @@ class Row(NamedTuple):
 
     Attributes:
       name: unique, the test's id.
-      kind: "clip" (groups scaled to a limit), "adaptive" (to a limit that the rule
+      kind: "clip" (groups scaled down to a limit), "enlarging" (up to it, or up and
+        down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the rule
         sets itself, from a history as short as it takes for two steps to teach it),
         "elementwise" (flat clamps), "measuring" (never changes an update), or "wrapper"
         (around an optimizer, here one that does nothing).
       build: limit (number, array, schedule or tracer) to the transform; rows of kind
-        "adaptive" have no use for it; both they and "clip" take options of `clip_by`.
+        "adaptive" have no use for it; they, "clip" and "enlarging" take options of
+        `clip_by`.
       oracle: keyword arguments for `tests.oracles.fixed.clip`.
       public: the public name whose row this is, for the check that none is missing.
       argument: the name of its limit argument in messages; None if it takes thresholds.
@@ -255,6 +257,29 @@ ROWS = [
         _parts(groupings.per_element()),
         {"grouping": "element"},
         public="clip_by",
+    ),
+    Row(
+        "clip_by-measured",
+        "clip",
+        _parts(groupings.whole(measured="kernel|mlp")),
+        {"grouping": "kernels"},
+        public="clip_by",
+    ),
+    Row(
+        "clip_by-normalize",
+        "enlarging",
+        _parts(groupings.per_leaf(), action=actions.normalize()),
+        {"grouping": "leaf", "action": "normalize"},
+        public="clip_by",
+        identity="every group is scaled to its limit",
+    ),
+    Row(
+        "clip_by-floor",
+        "enlarging",
+        _parts(groupings.per_unit(), action=actions.floor()),
+        {"grouping": "unit", "action": "floor"},
+        public="clip_by",
+        identity="a group within its limit is raised to it",
     ),
     Row(
         "clip_by-tightest",

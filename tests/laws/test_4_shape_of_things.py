@@ -19,7 +19,7 @@ from tests.laws.table import projections, rows
 from tests.laws.trees import Case, combinations
 from tests.untyped import untyped
 
-EVERY = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
+EVERY = rows("clip", "enlarging", "adaptive", "elementwise", "measuring", "wrapper")
 
 
 class Pair(NamedTuple):
@@ -62,7 +62,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(
     ("row", "dtype"),
-    combinations("clip", "elementwise", "measuring")
+    combinations("clip", "enlarging", "elementwise", "measuring")
     + combinations("adaptive", "wrapper", dtypes=("bfloat16", "float64")),
 )
 def test_dtypes_and_shapes(row, dtype):
