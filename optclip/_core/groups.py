@@ -287,10 +287,11 @@ def rescaled(
     for group, size, target in zip(groups.groups, sizes, targets, strict=True):
         own = {index: leaves[index] for index in group.scaled}
         if enlarging:
-            # By a power of two near 1 first: target / size may not fit the dtype, nor
-            # that over the size again, which is in the derivative.
+            # First by a power of two to near the target, or near 1: target / size may
+            # not fit the dtype, nor that over the size again, as derivatives have it.
             small = (0 < size) & (size < 1) & (size < target)
-            lift = jnp.where(small, 4 / power_of_two(size), 1)
+            goal = power_of_two(jnp.minimum(target, 1))
+            lift = jnp.where(small, 2 * goal / power_of_two(size), 1)
             size = size * lift
             own = {n: numerics.scale_by(x, aligned(lift, x)) for n, x in own.items()}
         if not groups.joint and not group.members[0].axes:  # a group is one element

@@ -140,7 +140,9 @@ def furthest(blocks: list[_Summary]) -> jax.Array:
         by_axes.setdefault(meshes.varying_axes(block.clipped), {})[number] = block
     for axes, own in by_axes.items():
         if not axes:
-            met = _Summary(*map(jnp.stack, zip(*map(_known, own.values()), strict=True)))
+            met = _Summary(
+                *map(jnp.stack, zip(*map(_known, own.values()), strict=True))
+            )
         else:
             numbers = jnp.stack([jnp.stack(_known(block)) for block in own.values()])
             numbers = meshes.from_all(numbers, axes)
@@ -204,8 +206,7 @@ def _summary(size: jax.Array, limit: jax.Array, target: jax.Array | None) -> _Su
 def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
     """The summary of many, in one read: apart, XLA:CPU writes each field to memory."""
 
-    def of_both(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> _Summary:
-        a, b = _Summary(*a), _Summary(*b)
+    def of_both(a: _Summary, b: _Summary) -> _Summary:
         further = (a.ratio > b.ratio) | ((a.ratio == b.ratio) & (a.size > b.size))
         return _Summary(
             ratio=jnp.where(further, a.ratio, b.ratio),
@@ -215,7 +216,9 @@ def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
             nonfinite=jnp.maximum(a.nonfinite, b.nonfinite),
             nan=jnp.maximum(a.nan, b.nan),
             count=a.count + b.count,
-            changed=None if a.changed is None else a.changed + b.changed,
+            changed=None
+            if a.changed is None or b.changed is None
+            else a.changed + b.changed,
         )
 
     none = (-1.0, -1.0, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0)  # in the order of the fields
@@ -223,7 +226,7 @@ def _reduced(*fields: jax.Array, like: jax.Array) -> _Summary:
         *jax.lax.reduce(
             tuple(field.astype(like.dtype) for field in fields),
             tuple(like.dtype.type(number) for number in none[: len(fields)]),
-            lambda a, b: of_both(a, b)[: len(fields)],
+            lambda a, b: of_both(_Summary(*a), _Summary(*b))[: len(fields)],
             tuple(range(like.ndim)),
         )
     )

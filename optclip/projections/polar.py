@@ -66,14 +66,14 @@ def times(*factors: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def mapped(w: jax.Array, f: Spectral) -> jax.Array:
-    """U diag(f(σ)) Vᵀ; the very same matrix where f changes no singular value."""
+def mapped(w: jax.Array, f: Spectral) -> tuple[jax.Array, jax.Array]:
+    """U diag(f(σ)) Vᵀ, the very same matrix where f changes no σ; and the σ."""
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     values = f.value(s, f.slack)
     found = times(u * values[..., None, :], vt)
     if f.polished:
         found = _polished(found)
-    return jnp.where(jnp.all(values == s, axis=-1)[..., None, None], w, found)
+    return jnp.where(jnp.all(values == s, axis=-1)[..., None, None], w, found), s
 
 
 def _polished(x: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _polished(x: jax.Array) -> jax.Array:
 @mapped.defjvp
 def _mapped_jvp(
     f: Spectral, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     # Daleckii and Krein's formula, for singular values: divided differences on the
     # symmetric part, divided sums on the skew part; both have limits where the formula
     # of the singular vectors themselves divides by zero.
@@ -102,7 +102,8 @@ def _mapped_jvp(
     share = _ratio(values, s, f.slope(s))[..., None, :]
     left = times((d_w - times(u, ut, d_w)), v * share, vt)
     right = times(u * share, ut, d_w - times(d_w, v, vt))
-    return mapped(w, f), times(u, core, vt) + left + right
+    d_s = jnp.diagonal(inner, axis1=-2, axis2=-1)
+    return mapped(w, f), (times(u, core, vt) + left + right, d_s)
 
 
 def _ratio(a: jax.Array, b: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ class Row(NamedTuple):
 
     Attributes:
       name: unique, the test's id.
-      kind: "clip" (groups scaled down to a limit), "enlarging" (up to it, or up and
+      kind: "matrix" (singular values bounded; tests/test_spectral_clip.py has laws 1 to
+        3 of them), "clip" (groups scaled down to a limit), "enlarging" (up to it, or up and
         down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the rule
         sets itself, from a history as short as it takes for two steps to teach it),
         "elementwise" (flat clamps), "measuring" (never changes an update), or "wrapper"
@@ -89,6 +90,7 @@ def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Cal
     )
 
 
+ORDER = "of complex numbers none is larger than another"
 REAL = "an interval says nothing about complex numbers, so clip_by_value raises"
 TWO_ARRAYS = "XLA writes once what it would have to make twice from two whole arrays"
 PRIVACY = "a sum that privacy bounds may hold nothing that was not measured"
@@ -96,6 +98,7 @@ FLAT = "flat: it measures nothing, so it keeps no state"
 SMOOTH = "smooth shrinks every group, by its definition"
 EPS = "div_eps > 0 is PyTorch's convention, which shrinks a group at its limit"
 
+SINGULAR = "each singular value has a factor of its own, and is known to rounding"
 COUNTERS = "skip_step's own metrics are counters; the sizes are in its watch"
 
 
@@ -325,6 +328,27 @@ ROWS = [
         argument="max_delta",
         has_metrics=FLAT,
     ),
+    Row(
+        "spectral_clip",
+        "matrix",
+        lambda limit, **options: optclip.spectral_clip(limit, **options),
+        {"grouping": "leaf"},
+        public="spectral_clip",
+        argument="max_sigma",
+        identity=SINGULAR,
+        complex=ORDER,
+    ),
+    Row(
+        "spectral_clip-products",
+        "matrix",
+        lambda limit, **options: optclip.spectral_clip(limit, iterations=24, **options),
+        {"grouping": "leaf"},
+        public="spectral_clip",
+        argument="max_sigma",
+        identity=SINGULAR,
+        has_metrics="products find no singular value, so there are counters only",
+        complex=ORDER,
+    ),
     _adaptive("spike_clip", window=4)._replace(ulps=8),
     _adaptive("autoclip", percentile=40.0, window=3),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
@@ -412,7 +436,6 @@ class Constraint(NamedTuple):
     digits: bool | str = True
 
 
-ORDER = "of complex numbers none is larger than another"
 SORTS = "it sorts"
 FACTORISES = "it factorises matrices"
 MULTIPLIES = "products of matrices are rounded beside their largest entries"

@@ -25,7 +25,8 @@ from tests.untyped import untyped
 EVERY = pytest.mark.parametrize(
     "row",
     rows(
-        *("clip", "enlarging", "adaptive", "elementwise", "measuring", "wrapper"),
+        *("clip", "enlarging", "adaptive", "elementwise", "matrix", "measuring"),
+        "wrapper",
         variants=False,
     ),
 )

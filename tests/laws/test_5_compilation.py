@@ -25,11 +25,12 @@ from tests.untyped import untyped
 EVERY = pytest.mark.parametrize(
     "row",
     rows(
-        *("clip", "enlarging", "adaptive", "elementwise", "measuring", "wrapper"),
+        *("clip", "enlarging", "adaptive", "elementwise", "matrix", "measuring"),
+        "wrapper",
         variants=False,
     ),
 )
-LIMITED = rows("clip", "enlarging", "elementwise")
+LIMITED = rows("clip", "enlarging", "elementwise", "matrix")
 BY_NAME = {row.name: row for row in ROWS}
 SCALES = (0.05, 1.0, 30.0, 1e4)  # from within every limit of 1 to far above it
 

@@ -52,7 +52,7 @@ def check_groups(row, case, bad, **options):
     assert state.metrics.steps == 1
 
 
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "enlarging"))
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "enlarging", "matrix"))
 @given(data=st.data())
 def test_propagate(row, dtype, data):
     """The group is NaN throughout, its zeros too."""
@@ -61,7 +61,7 @@ def test_propagate(row, dtype, data):
 
 
 @pytest.mark.parametrize(
-    ("row", "dtype"), combinations("clip", "enlarging", dtypes=("float32",))
+    ("row", "dtype"), combinations("clip", "enlarging", "matrix", dtypes=("float32",))
 )
 @given(data=st.data())
 def test_zero(row, dtype, data):

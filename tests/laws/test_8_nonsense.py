@@ -24,8 +24,10 @@ optclip = untyped(typed)
 actions, groupings, measures = optclip.actions, optclip.groupings, optclip.measures
 sets, thresholds = optclip.sets, optclip.thresholds
 
-NAMED = [p for p in rows("clip", "elementwise", "wrapper") if p.values[0].argument]
-LIMITED = rows("clip", "enlarging", "elementwise")
+NAMED = [
+    p for p in rows("clip", "elementwise", "matrix", "wrapper") if p.values[0].argument
+]
+LIMITED = rows("clip", "enlarging", "elementwise", "matrix")
 
 
 def ones(row=None):
