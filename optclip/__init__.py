@@ -121,7 +121,6 @@ from optclip.projections.project import ProjectState, project
 from optclip.projections.project_params import project_params
 from optclip.projections.qk_clip import qk_clip
 from optclip.projections.record_max_logits import record_max_logits
-from optclip.projections.qk_clip import qk_clip, record_max_logits
 from optclip.spectral_clip import spectral_clip
 
 __version__ = "0.1.0"  # pyproject.toml reads it here

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip._core import checks, metrics, numerics
@@ -96,13 +97,14 @@ def spectral_clip(
     chosen = chosen_by(where)
     fill = jnp.nan if nonfinite == "propagate" else 0.0
 
-    def matrices_of(tree: optax.Updates) -> list[Member]:
-        return members(tree, lambda path: ball, chosen)
+    def matrices_of(tree: optax.Updates) -> tuple[list[Member], np.dtype]:
+        """The leaves, and the dtype of their sizes."""
+        found = members(tree, lambda path: ball, chosen)
+        return found, numerics.accumulation_dtype(*[x.leaf.dtype for x in found])
 
     def init(params: optax.Params) -> Tree:  # a ClipState
         at_step(max_sigma, jnp.zeros((), jnp.int32))  # a bad limit is reported here
-        dtypes = [member.leaf.dtype for member in matrices_of(params)]
-        wide = numerics.accumulation_dtype(*dtypes)
+        _, wide = matrices_of(params)
         return ClipState((), metrics.start(wide, iterations is not None, True))
 
     def update(
@@ -117,15 +119,15 @@ def spectral_clip(
             raise error(f"state must be a ClipState, got {type(state).__name__}.")
         limit = at_step(max_sigma, state.metrics.steps)
         flat, treedef = jax.tree_util.tree_flatten(updates)
-        sizes, limits = [], []
-        for index, _, leaf, _, sides in matrices_of(updates):
-            wide = numerics.accumulation_dtype(leaf.dtype)
-            limits.append(numerics.bound_in(limit, wide))
-            top = jnp.maximum(limits[-1], 0)
+        chosen_leaves, wide = matrices_of(updates)
+        shown, sizes = numerics.bound_in(limit, wide), []
+        for index, _, leaf, _, sides in chosen_leaves:
+            own = numerics.accumulation_dtype(leaf.dtype)
+            top = jnp.maximum(numerics.bound_in(limit, own), 0)
             usable = (top > 0) & (top < jnp.inf)
             found, size = capped(leaf, sides, jnp.where(usable, top, 1), iterations)
             if iterations is not None:  # of the size only over or not over is known
-                some = jnp.max(jnp.abs(leaf)).astype(wide)
+                some = jnp.max(jnp.abs(leaf)).astype(own)
                 size = jnp.where(usable | jnp.isnan(size), size, some)
             # Not finite is the whole matrix, or none of it.
             bad = jnp.isnan(found)
@@ -133,8 +135,8 @@ def spectral_clip(
             ends = jnp.where(top == jnp.inf, leaf, ends)
             found = jnp.where(bad, fill, jnp.where(usable, found, ends))
             flat[index] = found.astype(leaf.dtype)
-            sizes.append(size)
-        numbers = metrics.after(state.metrics, sizes, limits)
+            sizes.append(size.astype(wide))
+        numbers = metrics.after(state.metrics, sizes, [shown] * len(sizes))
         return jax.tree_util.tree_unflatten(treedef, flat), ClipState((), numbers)
 
     return optax.GradientTransformationExtraArgs(init, update)

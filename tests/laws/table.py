@@ -22,10 +22,10 @@ class Row(NamedTuple):
 
     Attributes:
       name: unique, the test's id.
-      kind: "matrix" (singular values bounded; tests/test_spectral_clip.py has laws 1 to
-        3 of them), "clip" (groups scaled down to a limit), "enlarging" (up to it, or up and
-        down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the rule
-        sets itself, from a history as short as it takes for two steps to teach it),
+      kind: "matrix" (singular values bounded: `tests/test_spectral_clip.py` instead of
+        laws 1 to 3), "clip" (groups scaled down to a limit), "enlarging" (up to it, or
+        up and down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the
+        rule sets itself, from a history as short as it takes for two steps to teach it),
         "elementwise" (flat clamps), "measuring" (never changes an update), or "wrapper"
         (around an optimizer, here one that does nothing).
       build: limit (number, array, schedule or tracer) to the transform; rows of kind
@@ -346,6 +346,7 @@ ROWS = [
         public="spectral_clip",
         argument="max_sigma",
         identity=SINGULAR,
+        variant=True,
         has_metrics="products find no singular value, so there are counters only",
         complex=ORDER,
     ),
