@@ -25,7 +25,8 @@ class Row(NamedTuple):
       kind: "matrix" (singular values bounded: `tests/test_spectral_clip.py` instead of
         laws 1 to 3), "clip" (groups scaled down to a limit), "enlarging" (up to it, or
         up and down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the
-        rule sets itself, from a history as short as it takes for two steps to teach it),
+        rule sets itself, from a history as short as it takes for two steps to teach
+        it),
         "elementwise" (flat clamps), "measuring" (never changes an update), or "wrapper"
         (around an optimizer, here one that does nothing).
       build: limit (number, array, schedule or tracer) to the transform; rows of kind
