@@ -72,6 +72,25 @@ def test_bound_and_oracle(shape, scale, dtype, iterations):
         np.testing.assert_allclose(metrics.limit, limit, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("times", "steps"), [(10, 16), (100, 24), (1000, 32)])
+def test_how_many_iterations(times, steps):
+    """Within a thousandth of the limit, as documented."""
+    w = normal(12, 8, seed=3)
+    limit = sigma(w)[0] / times
+    out, _ = clipped({"kernel": w}, limit, iterations=steps)
+    off = np.abs(sigma(np.asarray(out["kernel"], np.float64) - oracle(w, limit)))
+    assert off[0] <= 1.5e-3 * limit
+
+
+@ITERATIONS
+def test_sizes_beyond_the_dtype(iterations):
+    """σ of 3e38 in every element overflows; the clipped matrix does not."""
+    w = jnp.full((8, 8), 3e38)
+    out, metrics = clipped({"kernel": w}, 1.0, iterations=iterations)
+    np.testing.assert_allclose(out["kernel"], np.full((8, 8), 1 / 8), rtol=1e-3)
+    assert (metrics.clipped_steps, metrics.nonfinite_steps) == (1, 0)
+
+
 @ITERATIONS
 def test_within_the_limit(iterations):
     """Bits by decomposition, rounding by products; nothing counts as clipped."""

@@ -127,8 +127,8 @@ def normalize() -> Action:
       The action.
 
     Edge cases: a group of size 0 stays 0, and an infinite limit leaves a group as it
-    is. A limit of 0 gives 0. What a group needs to reach a limit beyond its dtype's
-    range is infinite.
+    is. A limit of 0 gives 0, NaN gives NaN. Elements that would have to leave their
+    dtype's range to reach the limit become infinite.
 
     Reference: [Hyperball 2026](https://arxiv.org/abs/2606.16899).
 
@@ -157,7 +157,8 @@ def floor() -> Action:
       The action.
 
     Edge cases: a group of size 0 stays 0, and an infinite limit leaves a group as it
-    is. What a group needs to reach a limit beyond its dtype's range is infinite.
+    is. A limit of NaN gives NaN. Elements that would have to leave their dtype's range
+    to reach the limit become infinite.
 
     >>> import jax.numpy as jnp
     >>> print(floor().target(jnp.array([0.0, 0.5, 2.0]), jnp.array(1.0)))

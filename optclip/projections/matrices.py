@@ -180,7 +180,7 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
 def capped(
     x: jax.Array, sides: Sides, bound: ArrayLike, iterations: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Matrices with no singular value above a positive bound, and what was above it.
+    """Matrices with no singular value above a positive bound, and how large they were.
 
     That is the largest singular value of each; by products, which do not find it, the
     bound or, where more than a thousandth of the bound was taken off, twice the bound.
@@ -196,6 +196,7 @@ def capped(
     if iterations is None:
         found, s = polar.mapped(near, polar.cap(margin))
         largest = jnp.max(s, axis=-1, initial=0)[..., None, None] * unit
+        largest = jnp.minimum(largest, jnp.finfo(w.dtype).max)
     else:
         found = polar.capped_by_products(near, iterations)
         off = jnp.sum(jnp.square(near - found), axis=(-2, -1), keepdims=True)
