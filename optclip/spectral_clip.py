@@ -50,8 +50,9 @@ def spectral_clip(
       iterations: None for singular value decompositions, or how many Newton-Schulz
         steps to take instead, which are products of matrices alone. Results are within
         about a thousandth of the limit after 16, 24 and 32 steps, for singular values
-        of ten, a hundred and a thousand times the limit; see `sets.spectral_ball`.
-        Static (static_args).
+        of ten, a hundred and a thousand times the limit; of larger ones within a
+        hundredth above, but small directions beside them are lost. See
+        `sets.spectral_ball`. Static (static_args).
       where: which leaves: a regular expression searched in the "/"-joined path, a
         predicate `(path, leaf) -> bool`, or a tree of booleans that may be a prefix of
         the updates; None for all. Static (static_args).
@@ -127,7 +128,8 @@ def spectral_clip(
             own = numerics.accumulation_dtype(leaf.dtype)
             top = jnp.maximum(numerics.bound_in(limit, own), 0)
             usable = (top > 0) & (top < jnp.inf)
-            found, size = capped(leaf, sides, jnp.where(usable, top, 1), iterations)
+            bound = jnp.where(usable, top, 1)
+            found, size = capped(leaf, sides, bound, iterations, spikes=True)
             if iterations is not None:  # of the size only over or not over is known
                 some = jnp.max(jnp.abs(leaf)).astype(own)
                 size = jnp.where(usable | jnp.isnan(size), size, some)

@@ -178,12 +178,18 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
 
 
 def capped(
-    x: jax.Array, sides: Sides, bound: ArrayLike, iterations: int | None
+    x: jax.Array,
+    sides: Sides,
+    bound: ArrayLike,
+    iterations: int | None,
+    spikes: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Matrices with no singular value above a positive bound, and how large they were.
 
     That is the largest singular value of each; by products, which do not find it, the
     bound or, where more than a thousandth of the bound was taken off, twice the bound.
+    With `spikes`, products that would leave the largest far above the bound lose the
+    small directions beside it instead.
     """
     w, undo, finite = _matrices(x, sides)
     # How far off a singular value may be, as computed: what is at most one margin
@@ -198,13 +204,21 @@ def capped(
         largest = jnp.max(s, axis=-1, initial=0)[..., None, None] * unit
         largest = jnp.minimum(largest, jnp.finfo(w.dtype).max)
     else:
-        found = polar.capped_by_products(near, iterations)
+        within = _within_reach(near, iterations) if spikes else near
+        found = polar.capped_by_products(within, iterations)
         off = jnp.sum(jnp.square(near - found), axis=(-2, -1), keepdims=True)
         largest = jnp.where(off > 1e-6, 2 * top, top)
     inside = jnp.all(found == near, axis=(-2, -1), keepdims=True)
     found = jnp.where(inside, w, found * goal)
     found, largest = (jnp.where(finite, y, jnp.nan) for y in (found, largest))
     return undo(rounded(found, x.dtype)).astype(x.dtype), largest
+
+
+def _within_reach(near: jax.Array, iterations: int) -> jax.Array:
+    """As large as these steps bring to within a hundredth of the goal, at most."""
+    reach = 0.2 * 1.875 ** (iterations / 2)
+    squares = jnp.sum(jnp.square(near), axis=(-2, -1), keepdims=True)
+    return near * (reach / jnp.maximum(numerics.safe_sqrt(squares), reach))
 
 
 def _check_iterations(iterations: int | None) -> None:

@@ -36,7 +36,10 @@ class Spectral(NamedTuple):
 
 
 def cap(slack: float) -> Spectral:
-    """Singular values above 1 become 1; a matrix with none above 1 + slack stays."""
+    """Singular values above 1 become 1; a matrix with none above 1 + slack stays.
+
+    What rounding alone makes beside a huge one becomes 0.
+    """
     return Spectral(_capped, _capped_slope, slack)
 
 
@@ -47,7 +50,10 @@ def one(slack: float) -> Spectral:
 
 def _capped(s: jax.Array, slack: float) -> jax.Array:
     stays = jnp.all(s <= 1 + slack, axis=-1, keepdims=True)
-    return jnp.where(stays, s, jnp.minimum(s, 1))
+    noise = slack * jnp.max(s, axis=-1, keepdims=True)
+    return jnp.where(
+        stays, s, jnp.where((s <= noise) & (noise > 1), 0, jnp.minimum(s, 1))
+    )
 
 
 def _capped_slope(s: jax.Array) -> jax.Array:
