@@ -100,6 +100,19 @@ def test_every_rule_with_a_grouping(rule):
         np.testing.assert_array_equal(one, two)
 
 
+def test_a_recorder_keeps_what_is_measured():
+    grouping = groupings.whole(measured="[bc]", applied="a")
+    tx = untyped(optclip.clip_by(1.0, grouping=grouping, record=2))
+    update, state = jax.jit(tx.update), tx.init(GRADS)
+    for scale in (1.0, 2.0):
+        grads = jax.tree.map(lambda x, by=scale: by * x, GRADS)
+        _, state = update(grads, state, GRADS)
+    kept = untyped(optclip.history(state))
+    assert list(kept.names) == ["b", "c"]
+    np.testing.assert_allclose(kept.sizes, [[12.0, 1.0], [24.0, 2.0]], rtol=1e-6)
+    np.testing.assert_allclose(kept.size, np.sqrt(145) * np.array([1, 2]), rtol=1e-6)
+
+
 @pytest.mark.skipif(jax.device_count() < 4, reason="fewer devices")
 def test_inside_shard_map():
     """Measured leaves are summed over their own axes, whatever is applied."""

@@ -1,7 +1,7 @@
 """What docs/beside_muon.md says of `optax.contrib.muon`, claim by claim.
 
-The page's own programs run in tests/test_readme.py; here are the numbers behind its
-words, with the limits between which each of them holds.
+First its programs, then the numbers behind its words, with the limits between which
+each of them holds.
 """
 
 import jax
@@ -12,6 +12,7 @@ import pytest
 
 import optclip
 from optclip import actions, groupings, thresholds
+from tests import pages
 from tests.untyped import untyped
 
 MUON = optax.contrib.muon(1.0)
@@ -52,6 +53,10 @@ def off(tx, stream, other=MUON, others=STREAM):
     a, b = kernels(last(tx, stream)), kernels(last(other, others))
     apart = optclip.global_norm(jax.tree.map(jnp.subtract, a, b))
     return float(apart / optclip.global_norm(b))
+
+
+def test_programs_print_what_the_page_says():
+    pages.run("docs/beside_muon.md")
 
 
 def test_the_singular_values_are_about_one():
