@@ -12,6 +12,7 @@ Rules with a given limit, a number or a schedule:
     clip_by_block_rms             the root mean square of each leaf
     per_example_global_norm_clip  each example's gradient by its norm, then summed
     per_example_layer_norm_clip   the same, leaf by leaf
+    spectral_clip                 the singular values of each matrix
     monitor                       measures and changes nothing
 
 Rules that find their limit themselves:
@@ -120,6 +121,7 @@ from optclip.projections.project import ProjectState, project
 from optclip.projections.project_params import project_params
 from optclip.projections.qk_clip import qk_clip
 from optclip.projections.record_max_logits import record_max_logits
+from optclip.spectral_clip import spectral_clip
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -172,6 +174,7 @@ __all__ = [
     "second_moment_clip",
     "sets",
     "skip_step",
+    "spectral_clip",
     "spike_clip",
     "suggest",
     "thresholds",

@@ -5,10 +5,12 @@
 | `rescale()` | min(size, limit) (default) |
 | `rescale(div_eps)` | size · min(1, limit / (size + div_eps)), PyTorch's |
 | `smooth()` | size / (1 + size / limit) |
+| `normalize()` | limit: every group has it afterwards |
+| `floor()` | max(size, limit): what is too small is raised |
 
 `Action` makes one of your own.
 """
 
-from optclip.clipping.actions import Action, rescale, smooth
+from optclip.clipping.actions import Action, floor, normalize, rescale, smooth
 
-__all__ = ["Action", "rescale", "smooth"]
+__all__ = ["Action", "floor", "normalize", "rescale", "smooth"]

@@ -3,6 +3,7 @@
 | grouping | a group is |
 |---|---|
 | `whole()` | the whole tree: the global norm |
+| `whole(measured, applied)` | the leaves chosen: one norm over some, applied to some |
 | `per_leaf()` | one leaf |
 | `per_label(labels)` | the leaves that share a label |
 | `per_example()` | one index of the leading axis, across leaves |

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from optclip._core import checks, layouts, paths
 from optclip._core.public import Part, caller, error, naming, public
-from optclip._core.types import Axes, Shape, Shapes, Stacked, Tree
+from optclip._core.types import Axes, Shape, Shapes, Stacked, Tree, Where
 
 
 class Place(Protocol):
@@ -56,6 +56,8 @@ class Grouping(Part):
         paths of their leaves where labels are numbers.
       keeps_state: whether a group means the same at every step.
       integers: whether integer leaves may pass, which are not measured.
+      measured: (path, leaf) to whether the leaf counts in its group; None for all.
+      applied: whether it is scaled with its group; None for all.
     """
 
     axes: AxesOf | None
@@ -64,6 +66,8 @@ class Grouping(Part):
     named: bool = False
     keeps_state: bool = True
     integers: bool = True
+    measured: paths.Select | None = None
+    applied: paths.Select | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -72,19 +76,48 @@ class Grouping(Part):
 
 
 @public
-def whole() -> Grouping:
+def whole(measured: Where | None = None, applied: Where | None = None) -> Grouping:
     """The whole tree is one group: the global norm.
 
+    With `measured` and `applied` the norm of some leaves scales some leaves, the same
+    or others: the matrices that Muon trains are left out of the norm, or experts are
+    clipped apart.
+
+    Args:
+      measured: whose norm it is: a regular expression searched in the "/"-joined path,
+        a predicate `(path, leaf) -> bool`, or a tree of booleans that may be a prefix
+        of the parameters; None for all leaves.
+      applied: which leaves are scaled, in the same forms; None for all.
+
     Returns:
-      The grouping.
+      The grouping. Leaves that are not applied keep their bits. A recorder of leaves
+      keeps those that are measured.
+
+    Edge cases: NaN in a leaf that is measured makes all applied leaves NaN (or zero, as
+    `nonfinite` says), whether or not they were measured; NaN in one that is not
+    measured stays where it is, and is not counted.
+
+    Raises:
+      ValueError: if one of them is no pattern, predicate or tree of booleans; at init
+        and update, if it selects nothing in a tree that has leaves.
 
     >>> import jax.numpy as jnp, optclip
     >>> tx = optclip.clip_by(1.0, grouping=whole())
     >>> updates, _ = tx.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, None)
     >>> print(updates["a"], updates["b"])
     [0.6] [0.8]
+    >>> biases = whole(measured="bias", applied="bias")
+    >>> grads = {"kernel": jnp.array([30.0]), "bias": jnp.array([4.0])}
+    >>> updates, _ = optclip.clip_by(1.0, grouping=biases).update(grads, None)
+    >>> print(updates["kernel"], updates["bias"])
+    [30.] [1.]
     """
-    return Grouping(None, lambda leaf: "")
+    return Grouping(
+        None,
+        lambda leaf: "",
+        measured=None if measured is None else paths.selector(measured, "measured"),
+        applied=None if applied is None else paths.selector(applied, "applied"),
+    )
 
 
 @public

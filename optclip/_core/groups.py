@@ -25,6 +25,7 @@ import optax
 from optclip._core import meshes, numerics, paths
 from optclip._core.groupings import Grouping
 from optclip._core.public import error
+from optclip._core.rounding import power_of_two
 from optclip._core.types import Shape, Shapes, Tree
 
 Arrays = list[jax.Array]
@@ -46,11 +47,13 @@ class Group(NamedTuple):
       count: how many elements they have on all devices.
       shape: of its sizes: the axes that are not reduced, or, for groups within a leaf,
         the leaf's shape with 1 for those that are.
+      scaled: which of the leaves are scaled by its size; others are measured only.
     """
 
     members: tuple[Member, ...]
     count: int
     shape: Shape
+    scaled: tuple[int, ...]
 
 
 class Groups(NamedTuple):
@@ -81,7 +84,7 @@ class Groups(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """The leaves as groups of their own, for a recorder: leaf n is group n.
+    """The leaves that are measured as groups of their own, in order, for a recorder.
 
     Attributes:
       groups: one for each leaf.
@@ -94,13 +97,13 @@ class Apart(NamedTuple):
 
 def apart(groups: Groups, leaves: Arrays) -> Apart:
     """The leaves of joint groups, each by itself."""
-    owners = {m.index: (n, m) for n, g in enumerate(groups.groups) for m in g.members}
-    own = [owners[index] for index in range(len(leaves))]
+    own = sorted((m, n) for n, group in enumerate(groups.groups) for m in group.members)
+    sizes = [meshes.axis_size(m.mesh) if m.mesh else 1 for m, _ in own]
     alone = [
-        Group((m,), leaf.size * (meshes.axis_size(m.mesh) if m.mesh else 1), ())
-        for leaf, (_, m) in zip(leaves, own, strict=True)
+        Group((m,), leaves[m.index].size * size, (), ())
+        for (m, _), size in zip(own, sizes, strict=True)
     ]
-    return Apart(tuple(alone), tuple(number for number, _ in own))
+    return Apart(tuple(alone), tuple(number for _, number in own))
 
 
 class _Leaf(NamedTuple):
@@ -139,6 +142,7 @@ def gather(
     joint = grouping.label is not None
 
     members: dict[Hashable, list[Member]] = {}
+    scaled: dict[Hashable, list[int]] = {}
     for index, leaf in enumerate(leaves):
         mesh = mesh_axes_of(grouping, leaf, mesh_axes)
         axes = tuple(range(leaf.value.ndim))
@@ -146,10 +150,17 @@ def gather(
             shape = on_all_devices(leaf.value.shape, mesh)
             axes = grouping.axes(leaf.path, shape, shapes)
         label = index if grouping.label is None else grouping.label(leaf)
-        members.setdefault(label, []).append(Member(index, axes, mesh))
+        if grouping.measured is None or grouping.measured(leaf.path, leaf.value):
+            members.setdefault(label, []).append(Member(index, axes, mesh))
+        if grouping.applied is None or grouping.applied(leaf.path, leaf.value):
+            scaled.setdefault(label, []).append(index)
+    for name, chosen in (("measured", members), ("applied", scaled)):
+        if leaves and not chosen:
+            listed = paths.some([leaf.path for leaf in leaves])
+            raise error(f"{name} must select a leaf, got none of {listed}.")
 
     groups = []
-    for own in members.values():
+    for label, own in members.items():
         first = leaves[own[0].index].value.shape
         kept = [size for axis, size in enumerate(first) if axis not in own[0].axes]
         if not joint:
@@ -159,7 +170,7 @@ def gather(
             * (meshes.axis_size(mesh) if mesh else 1)
             for index, axes, mesh in own
         )
-        groups.append(Group(tuple(own), count, tuple(kept)))
+        groups.append(Group(tuple(own), count, tuple(kept), tuple(scaled[label])))
 
     values = [leaf.value for leaf in leaves]
     known = Groups(
@@ -268,20 +279,31 @@ def rescaled(
     leaves: Arrays,
     sizes: Arrays,
     targets: Arrays,
+    enlarging: bool = False,
 ) -> Tree:
-    """The tree, every group scaled from its size to its target size."""
+    """The tree, every group scaled from its size to its target size.
+
+    With `enlarging` targets may be larger than sizes.
+    """
     flat, treedef = jax.tree_util.tree_flatten(tree)
     for group, size, target in zip(groups.groups, sizes, targets, strict=True):
+        own = {index: leaves[index] for index in group.scaled}
+        if enlarging:
+            # First by a power of two to near the target, or near 1: target / size may
+            # not fit the dtype, nor that over the size again, as derivatives have it.
+            small = (0 < size) & (size < 1) & (size < target)
+            goal = power_of_two(jnp.minimum(target, 1))
+            lift = jnp.where(small, 2 * goal / power_of_two(size), 1)
+            size = size * lift
+            own = {n: numerics.scale_by(x, aligned(lift, x)) for n, x in own.items()}
         if not groups.joint and not group.members[0].axes:  # a group is one element
-            (only,) = group.members
-            leaf = numerics.resized(leaves[only.index], size, target)
-            flat[groups.places[only.index]] = leaf
+            ((index, leaf),) = own.items()
+            flat[groups.places[index]] = numerics.resized(leaf, size, target)
             continue
         ratio = numerics.factor(size, target)
-        for member in group.members:
-            leaf = leaves[member.index]
-            own = ratio if ratio.ndim in (0, leaf.ndim) else aligned(ratio, leaf)
-            flat[groups.places[member.index]] = numerics.scale_by(leaf, own)
+        for index, leaf in own.items():
+            spread = ratio if ratio.ndim in (0, leaf.ndim) else aligned(ratio, leaf)
+            flat[groups.places[index]] = numerics.scale_by(leaf, spread)
     return jax.tree_util.tree_unflatten(treedef, flat)
 
 

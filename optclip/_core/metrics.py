@@ -37,6 +37,12 @@ class ClipMetrics(NamedTuple):
       clipped_steps: how many of them clipped at least one group, int32. (Under
         `per_element` a step with a NaN does not count: its largest element is NaN.)
       nonfinite_steps: how many had a group with NaN, infinity or an overflowing size.
+      changed_fraction: of the groups, in [0, 1], that came out larger or smaller at
+        this step. None under `per_element`, and for actions that never enlarge: what
+        they change is what they clip (`smooth` shrinks the others a little too).
+        Beside it "clipped" means made smaller: `floor` clips nothing.
+      changed_steps: how many steps changed at least one group, int32; None for actions
+        that never enlarge.
     """
 
     size: jax.Array | None
@@ -45,6 +51,8 @@ class ClipMetrics(NamedTuple):
     steps: jax.Array
     clipped_steps: jax.Array
     nonfinite_steps: jax.Array
+    changed_fraction: jax.Array | None = None
+    changed_steps: jax.Array | None = None
 
 
 class SkipMetrics(NamedTuple):
@@ -59,8 +67,11 @@ class SkipMetrics(NamedTuple):
     consecutive_skips: jax.Array
 
 
-def start(dtype: np.dtype, elementwise: bool, limited: bool) -> ClipMetrics:
+def start(
+    dtype: np.dtype, elementwise: bool, limited: bool, enlarging: bool = False
+) -> ClipMetrics:
     """The metrics before the first step; every leaf its own buffer."""
+    part = enlarging and not elementwise
     return ClipMetrics(
         size=None if elementwise else jnp.zeros((), dtype),
         limit=jnp.zeros((), dtype) if limited and not elementwise else None,
@@ -68,6 +79,8 @@ def start(dtype: np.dtype, elementwise: bool, limited: bool) -> ClipMetrics:
         steps=jnp.zeros((), jnp.int32),
         clipped_steps=jnp.zeros((), jnp.int32),
         nonfinite_steps=jnp.zeros((), jnp.int32),
+        changed_fraction=jnp.zeros((), jnp.float32) if part else None,
+        changed_steps=jnp.zeros((), jnp.int32) if enlarging else None,
     )
 
 
@@ -76,16 +89,18 @@ def after(
     sizes: list[jax.Array],
     limits: list[jax.Array],
     blocks: list[_Summary] | None = None,
+    reached: list[jax.Array] | None = None,
 ) -> ClipMetrics:
     """The metrics after a step with these sizes and limits, one array a block.
 
-    A list for `blocks` is filled with what `furthest` needs.
+    A list for `blocks` is filled with what `furthest` needs; `reached` are the sizes
+    after the step, of actions that may enlarge.
     """
     steps = jnp.asarray(optax.safe_increment(old.steps))
     summarise = _counts if old.size is None else _summary
     by_axes: dict[meshes.MeshAxes, list[_Summary]] = {}
-    for size, limit in zip(sizes, limits, strict=True):
-        block = summarise(size, limit)
+    for size, limit, target in zip(sizes, limits, reached or sizes, strict=True):
+        block = summarise(size, limit, None if reached is None else target)
         if blocks is not None:
             blocks.append(block)
         by_axes.setdefault(meshes.varying_axes(block.clipped), []).append(block)
@@ -102,11 +117,17 @@ def after(
         clipped_steps=_count(old.clipped_steps, overall.clipped > 0),
         nonfinite_steps=_count(old.nonfinite_steps, ~jnp.isfinite(overall.size)),
     )
+    if old.changed_steps is not None and overall.changed is not None:
+        changed = _count(old.changed_steps, overall.changed > 0)
+        counted = counted._replace(changed_steps=changed)
     if old.size is None or old.clipped_fraction is None:
         return counted
     size = overall.size.astype(old.size.dtype)
     fraction = (overall.clipped / overall.count).astype(old.clipped_fraction.dtype)
     limit = None if old.limit is None else overall.limit.astype(old.limit.dtype)
+    if old.changed_fraction is not None and overall.changed is not None:
+        changed = (overall.changed / overall.count).astype(fraction.dtype)
+        counted = counted._replace(changed_fraction=changed)
     return counted._replace(size=size, limit=limit, clipped_fraction=fraction)
 
 
@@ -121,9 +142,11 @@ def furthest(blocks: list[_Summary]) -> jax.Array:
         by_axes.setdefault(meshes.varying_axes(block.clipped), {})[number] = block
     for axes, own in by_axes.items():
         if not axes:
-            met = _Summary(*map(jnp.stack, zip(*own.values(), strict=True)))
+            met = _Summary(
+                *map(jnp.stack, zip(*map(_known, own.values()), strict=True))
+            )
         else:
-            numbers = jnp.stack([jnp.stack(block) for block in own.values()])
+            numbers = jnp.stack([jnp.stack(_known(block)) for block in own.values()])
             numbers = meshes.from_all(numbers, axes)
             met = jax.vmap(lambda x: _reduced(*x.T), 1)(numbers)
         found |= dict(zip(own, met.size, strict=True))
@@ -142,6 +165,12 @@ class _Summary(NamedTuple):
     limit: jax.Array
     clipped: jax.Array
     count: jax.Array
+    changed: jax.Array | None = None  # of actions that may enlarge
+
+
+def _known(summary: _Summary) -> list[jax.Array]:
+    """The fields that it has."""
+    return [x for x in summary if x is not None]
 
 
 def _count(counter: jax.Array, happened: jax.Array) -> jax.Array:
@@ -149,19 +178,21 @@ def _count(counter: jax.Array, happened: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
+def _summary(size: jax.Array, limit: jax.Array, target: jax.Array | None) -> _Summary:
     # Nobody learns from the metrics, and reductions of several arrays have no tangent.
-    size, limit = jax.lax.stop_gradient((size, limit))
+    size, limit, target = jax.lax.stop_gradient((size, limit, target))
     finite = jnp.isfinite(size)
     bound = jnp.maximum(limit, 0)
-    clipped = finite & (size > bound)
+    over = finite & (size > bound)
     # Anything over a limit of 0 or NaN, and anything not finite, is the furthest over.
-    endless = ~finite | (clipped & (bound == 0)) | jnp.isnan(bound)
+    endless = ~finite | (over & (bound == 0)) | jnp.isnan(bound)
     ratio = jnp.where(endless, jnp.inf, size / jnp.where(bound == 0, 1, bound))
     # To 16 bits, so that groups equally far over are so however their sums are rounded.
     ratio = jax.lax.reduce_precision(ratio, jnp.finfo(ratio.dtype).nexp, 7)
     # Infinity would make NaN in states that a wrapper mixes by a·x + (1 - a)·y.
     limit = jnp.minimum(limit, jnp.finfo(limit.dtype).max)
+    clipped = over if target is None else finite & (target < size)
+    changed = None if target is None else finite & (target != size)
     one = jnp.ones((), size.dtype)
     if meshes.is_split(size):  # one array at a time
         top = jnp.max(ratio)
@@ -171,8 +202,9 @@ def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
             limit=meshes.largest(jnp.where(ratio == top, limit, -jnp.inf)),
             clipped=jnp.sum(clipped, dtype=size.dtype),
             count=size.size * one,
+            changed=None if changed is None else jnp.sum(changed, dtype=size.dtype),
         )
-    groups = _Summary(ratio, size, limit, clipped.astype(size.dtype), one)
+    groups = _known(_Summary(ratio, size, limit, clipped, one, changed))
     return _reduced(*[jnp.broadcast_to(x, size.shape) for x in groups])
 
 
@@ -180,8 +212,7 @@ def _summary(size: jax.Array, limit: jax.Array) -> _Summary:
 def _reduced(*fields: jax.Array) -> _Summary:
     """The summary of many, in one read: apart, XLA:CPU writes each field to memory."""
 
-    def of_both(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> _Summary:
-        a, b = _Summary(*a), _Summary(*b)
+    def of_both(a: _Summary, b: _Summary) -> _Summary:
         top = jnp.maximum(a.ratio, b.ratio)
         size, limit = (
             jnp.maximum(
@@ -196,29 +227,35 @@ def _reduced(*fields: jax.Array) -> _Summary:
             limit=limit,
             clipped=a.clipped + b.clipped,
             count=a.count + b.count,
+            changed=None
+            if a.changed is None or b.changed is None
+            else a.changed + b.changed,
         )
 
-    none = (-1.0, -1.0, -np.inf, 0.0, 0.0)  # in the order of the fields
+    none = (-1.0, -1.0, -np.inf, 0.0, 0.0, 0.0)  # in the order of the fields
     first, *_ = fields
     return _Summary(
         *jax.lax.reduce(
-            fields,
-            tuple(first.dtype.type(number) for number in none),
-            lambda a, b: tuple(of_both(a, b)),
+            tuple(field.astype(first.dtype) for field in fields),
+            tuple(first.dtype.type(number) for number in none[: len(fields)]),
+            lambda a, b: of_both(_Summary(*a), _Summary(*b))[: len(fields)],
             tuple(range(first.ndim)),
         )
     )
 
 
 @jax.jit
-def _counts(size: jax.Array, limit: jax.Array) -> _Summary:
+def _counts(size: jax.Array, limit: jax.Array, target: jax.Array | None) -> _Summary:
     """The summary of single elements, of which only flags are wanted."""
     finite = jnp.isfinite(size)
-    over = finite & (size > jnp.maximum(limit, 0))
-    clipped, nonfinite = meshes.any_of_both(over, ~finite)
+    over = size > jnp.maximum(limit, 0) if target is None else target < size
+    clipped, nonfinite = meshes.any_of_both(finite & over, ~finite)
     unknown, one = jnp.zeros((), size.dtype), jnp.ones((), size.dtype)
     largest = jnp.where(nonfinite, jnp.inf, unknown)
-    return _Summary(unknown, largest, unknown, clipped.astype(size.dtype), one)
+    known = _Summary(unknown, largest, unknown, clipped.astype(size.dtype), one)
+    if target is None:
+        return known
+    return known._replace(changed=jnp.any(finite & (target != size)).astype(size.dtype))
 
 
 def _together(summaries: list[_Summary], axes: meshes.MeshAxes) -> _Summary:
@@ -227,7 +264,7 @@ def _together(summaries: list[_Summary], axes: meshes.MeshAxes) -> _Summary:
     In vectors, because a chain of choices between scalars, one for each leaf, takes
     XLA:CPU a minute to fuse.
     """
-    numbers = jnp.stack([jnp.stack(own) for own in summaries])
+    numbers = jnp.stack([jnp.stack(_known(own)) for own in summaries])
     if axes:
-        numbers = meshes.from_all(numbers, axes).reshape(-1, len(_Summary._fields))
+        numbers = meshes.from_all(numbers, axes).reshape(-1, numbers.shape[-1])
     return _reduced(*numbers.T)

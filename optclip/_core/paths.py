@@ -160,14 +160,14 @@ def mask(where: Where) -> Callable[[Tree], Tree]:
     return select
 
 
-def selector(where: Where) -> Select:
+def selector(where: Where, name: str = "where") -> Select:
     """A predicate `(path, leaf) -> bool` from any form of `where`."""
     if isinstance(where, (str, re.Pattern)):
         try:
             pattern = re.compile(where)
         except re.error as wrong:
             raise error(
-                f"where must be a regular expression, got {where!r} ({wrong})."
+                f"{name} must be a regular expression, got {where!r} ({wrong})."
             ) from None
         return lambda path, leaf: pattern.search(path) is not None
     if callable(where):
@@ -175,10 +175,10 @@ def selector(where: Where) -> Select:
     for path, value in leaves(where):
         if not isinstance(value, bool) and getattr(value, "dtype", "") != "bool":
             raise error(
-                f"where must be a pattern, a predicate or a tree of booleans, got "
+                f"{name} must be a pattern, a predicate or a tree of booleans, got "
                 f"{value!r} at {str(path)!r}."
             )
-    lookup = prefix_lookup("where", where)
+    lookup = prefix_lookup(name, where)
     return lambda path, leaf: bool(lookup(path))
 
 

@@ -97,9 +97,10 @@ def _with_leaves(
 ) -> list[Arrays]:
     """The totals of the groups, from those of the leaves, and these as vectors."""
     places = range(len(alone[0]))
+    row = {own.members[0].index: n for n, own in enumerate(apart.groups)}
     together = [
         [
-            joined(measure.combine, [alone[m.index][place] for m in group.members])
+            joined(measure.combine, [alone[row[m.index]][place] for m in group.members])
             for place in places
         ]
         for group in groups.groups

@@ -8,6 +8,10 @@ to the size leaves the group's bits alone.
 | `rescale()` | min(size, limit) |
 | `rescale(div_eps)` | size · min(1, limit / (size + div_eps)) |
 | `smooth()` | size / (1 + size / limit) |
+| `normalize()` | limit |
+| `floor()` | max(size, limit) |
+
+Of the last two a group of size 0 stays 0, because it has no direction.
 """
 
 from __future__ import annotations
@@ -25,9 +29,17 @@ from optclip._core.public import Part, public
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Action(Part):
-    """(size, limit) to the target size; both arrays, the limit non-negative or NaN."""
+    """What happens to a group.
+
+    Attributes:
+      target: (size, limit) to the target size; both arrays, the limit non-negative or
+        NaN. Of a group of size 0 it must be 0 or NaN.
+      enlarges: whether a target may be above the size. Sizes are then right however
+        small they are, and the metrics count what was changed.
+    """
 
     target: Callable[[jax.Array, jax.Array], jax.Array]
+    enlarges: bool = False
 
 
 @public
@@ -100,6 +112,64 @@ def smooth() -> Action:
         return jnp.where(small, size, limit) / (1 + ratio)
 
     return Action(target)
+
+
+@public
+def normalize() -> Action:
+    """Scales every group to its limit, up or down.
+
+        target = limit
+
+    With `thresholds.relative_to_params(c)` the updates have a fixed share of the norm
+    of their parameters.
+
+    Returns:
+      The action.
+
+    Edge cases: a group of size 0 stays 0, and an infinite limit leaves a group as it
+    is. A limit of 0 gives 0, NaN gives NaN. Elements that would have to leave their
+    dtype's range to reach the limit become infinite.
+
+    Reference: [Hyperball 2026](https://arxiv.org/abs/2606.16899).
+
+    >>> import jax.numpy as jnp
+    >>> print(normalize().target(jnp.array([0.0, 0.5, 2.0]), jnp.array(1.0)))
+    [0. 1. 1.]
+    """
+
+    def target(size: jax.Array, limit: jax.Array) -> jax.Array:
+        return jnp.where((size == 0) | (limit == jnp.inf), size, limit)
+
+    return Action(target, enlarges=True)
+
+
+@public
+def floor() -> Action:
+    """Scales a group that is below its limit up to the limit, and leaves the others.
+
+        target = max(size, limit)
+
+    The limit is the least size that a group may have. With
+    `thresholds.relative_to_params(c)` and `groupings.per_unit()` no row of the updates
+    is smaller than c times the norm of its parameters.
+
+    Returns:
+      The action.
+
+    Edge cases: a group of size 0 stays 0, and an infinite limit leaves a group as it
+    is. A limit of NaN gives NaN. Elements that would have to leave their dtype's range
+    to reach the limit become infinite.
+
+    >>> import jax.numpy as jnp
+    >>> print(floor().target(jnp.array([0.0, 0.5, 2.0]), jnp.array(1.0)))
+    [0. 1. 2.]
+    """
+
+    def target(size: jax.Array, limit: jax.Array) -> jax.Array:
+        stays = (size == 0) | (limit == jnp.inf) | (limit <= size)
+        return jnp.where(stays, size, limit)
+
+    return Action(target, enlarges=True)
 
 
 def target_of(action: Action, nonfinite_value: float) -> Callable[..., jax.Array]:

@@ -107,6 +107,7 @@ def clip_by(
         measure=max_abs if grouping.elementwise else measure,
         grouping=grouping,
         target_of=target_of(action, jnp.nan if nonfinite == "propagate" else 0.0),
+        enlarges=action.enlarges,
         mesh_axes=meshes.axes_of(axis_name),
         axis_name=axis_name,
         recorder=keeps,

@@ -104,6 +104,7 @@ class Clip:
     measure: Measure
     grouping: Grouping
     target_of: Callable[..., jax.Array]
+    enlarges: bool
     mesh_axes: meshes.AxesOf
     axis_name: AxisName
     recorder: Recorder | None = None
@@ -139,7 +140,9 @@ class Clip:
         )
         state = ClipState(
             () if states is None else packed(params, groups, self.blank, states),
-            metrics.start(groups.dtype, elementwise, limited),
+            metrics.start(
+                groups.dtype, elementwise, limited, limited and self.enlarges
+            ),
         )
         if self.recorder is None:
             return state
@@ -177,11 +180,14 @@ class Clip:
         rough = sizes, blocks, limits
         refined, known = self.refined(groups, leaves, rough, known, measured)
         sizes, blocks, limits = refined
+        reached = None
         if self.threshold.limit is not None:
             targets = list(map(self.target_of, sizes, by_group(groups, limits)))
-            updates = rescaled(groups, updates, leaves, sizes[: len(targets)], targets)
+            scaled = sizes[: len(targets)]
+            updates = rescaled(groups, updates, leaves, scaled, targets, self.enlarges)
+            reached = by_block(groups, targets) if self.enlarges else None
         met: list[Any] = []
-        numbers = metrics.after(state.metrics, blocks, limits, met)
+        numbers = metrics.after(state.metrics, blocks, limits, met, reached)
         learned = state.threshold
         if self.learns:
             learned = repacked(learned, self.learned(groups, blocks, limits, known))
@@ -268,8 +274,9 @@ class Clip:
         """The same numbers, of a second pass where plain sums left their range."""
         sizes, blocks, limits = rough
         reliable = limits
-        if self.threshold.limit is None or (groups.joint and blocks[0].shape == (1,)):
-            # Metrics show this size, however far below its limit it is.
+        alone = groups.joint and blocks[0].shape == (1,)
+        if self.threshold.limit is None or self.enlarges or alone:
+            # Metrics show this size, or it is raised, however far below its limit.
             reliable = [jnp.zeros((), groups.dtype) for _ in limits]
         elif self.learns:
             # An infinite limit has nothing learned yet: what it learns must be right.
@@ -352,7 +359,7 @@ class Clip:
         grouping = self.grouping
         if self.with_leaves:
             groups = groups._replace(groups=apart(groups, leaves).groups)
-            grouping = per_leaf()
+            grouping = dataclasses.replace(per_leaf(), measured=grouping.measured)
         beside = self.measure, grouping, self.mesh_axes
         return sizes_of_params(groups, updates, params, *beside)[0]
 

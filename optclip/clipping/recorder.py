@@ -95,7 +95,8 @@ class Recorder:
         """Nothing recorded yet; every array its own buffer."""
         spelled = paths.unique_names(params)
         first = [spelled[groups.places[g.members[0].index]] for g in groups.groups]
-        names = [spelled[place] for place in groups.places]
+        measured = sorted(m.index for g in groups.groups for m in g.members)
+        names = [spelled[groups.places[index]] for index in measured]
         if self.parts != "leaves":  # a `Path` is that of a leaf, a string is a label
             given = groups.names or [paths.Path(())] * len(first)
             pairs = zip(first, given, strict=True)

@@ -103,21 +103,7 @@ def spectral_ball(
     _check_iterations(iterations)
 
     def project(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
-        w, undo, finite = _matrices(x, sides)
-        # How far off a singular value may be, as computed: what is at most one margin
-        # inside counts as inside, what is capped comes two margins inside.
-        margin = _error(max(w.shape[-2:]), w.dtype)
-        rounding = 0.0 if x.dtype == w.dtype else 2 * float(jnp.finfo(x.dtype).eps)
-        goal = bound_towards(bound, w.dtype, 0.0) * (1 - rounding - 2 * margin)
-        near = _near(w, goal)
-        if iterations is None:
-            capped = polar.mapped(near, polar.cap(margin))
-        else:
-            capped = polar.capped_by_products(near, iterations)
-        inside = jnp.all(capped == near, axis=(-2, -1), keepdims=True)
-        capped = jnp.where(inside, w, capped * goal)
-        capped = jnp.where(finite, capped, jnp.nan)
-        return undo(rounded(capped, x.dtype)).astype(x.dtype)
+        return capped(x, sides, bound, iterations)[0]
 
     def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
         limit = bound_towards(bound, numerics.accumulation_dtype(x.dtype), 0.0)
@@ -176,7 +162,7 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
     def project(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
         w, undo, finite = _matrices(x, sides)
         if iterations is None:
-            found = polar.mapped(w, polar.one(_error(max(w.shape[-2:]), w.dtype)))
+            found, _ = polar.mapped(w, polar.one(_error(max(w.shape[-2:]), w.dtype)))
         else:
             found = polar.polar_by_products(w, iterations)
         found = jnp.where(finite, found, jnp.nan)
@@ -189,6 +175,50 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
         return _largest(x, sides, lambda s: jnp.abs(s - 1), 0) <= slack
 
     return Set(_sides_of(stacked), as_it_is, project, contains)
+
+
+def capped(
+    x: jax.Array,
+    sides: Sides,
+    bound: ArrayLike,
+    iterations: int | None,
+    spikes: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Matrices with no singular value above a positive bound, and how large they were.
+
+    That is the largest singular value of each; by products, which do not find it, the
+    bound or, where more than a thousandth of the bound was taken off, twice the bound.
+    With `spikes`, products that would leave the largest far above the bound lose the
+    small directions beside it instead.
+    """
+    w, undo, finite = _matrices(x, sides)
+    # How far off a singular value may be, as computed: what is at most one margin
+    # inside counts as inside, what is capped comes two margins inside.
+    margin = _error(max(w.shape[-2:]), w.dtype)
+    rounding = 0.0 if x.dtype == w.dtype else 2 * float(jnp.finfo(x.dtype).eps)
+    top = bound_towards(bound, w.dtype, 0.0)
+    goal = top * (1 - rounding - 2 * margin)
+    near, unit = _near(w, goal)
+    if iterations is None:
+        found, s = polar.mapped(near, polar.cap(margin))
+        largest = jnp.max(s, axis=-1, initial=0)[..., None, None] * unit
+        largest = jnp.minimum(largest, jnp.finfo(w.dtype).max)
+    else:
+        within = _within_reach(near, iterations) if spikes else near
+        found = polar.capped_by_products(within, iterations)
+        off = jnp.sum(jnp.square(near - found), axis=(-2, -1), keepdims=True)
+        largest = jnp.where(off > 1e-6, 2 * top, top)
+    inside = jnp.all(found == near, axis=(-2, -1), keepdims=True)
+    found = jnp.where(inside, w, found * goal)
+    found, largest = (jnp.where(finite, y, jnp.nan) for y in (found, largest))
+    return undo(rounded(found, x.dtype)).astype(x.dtype), largest
+
+
+def _within_reach(near: jax.Array, iterations: int) -> jax.Array:
+    """As large as these steps bring to within a hundredth of the goal, at most."""
+    reach = 0.2 * 1.875 ** (iterations / 2)
+    squares = jnp.sum(jnp.square(near), axis=(-2, -1), keepdims=True)
+    return near * (reach / jnp.maximum(numerics.safe_sqrt(squares), reach))
 
 
 def _check_iterations(iterations: int | None) -> None:
@@ -225,16 +255,17 @@ def _error(side: int, wide: DTypeLike) -> float:
     return float(jnp.finfo(wide).eps) * (4 + 2 * math.sqrt(side))
 
 
-def _near(w: jax.Array, goal: jax.Array) -> jax.Array:
-    """The matrices in units of the goal, those far outside moved towards it.
+def _near(w: jax.Array, goal: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The matrices in units of the goal, those far outside moved towards it; the units.
 
     At 2^30 goals what is no larger than the goal is noise beside the rest; and squares
     stay in range.
     """
     largest = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
     far = jax.lax.stop_gradient(largest) > 2.0**30 * goal
-    shrunk = w * (1 / power_of_two(largest)) * 2.0**30
-    return jnp.where(far, shrunk, w / jnp.where(far, 1, goal))
+    power = power_of_two(largest)
+    near = jnp.where(far, w * (1 / power) * 2.0**30, w / jnp.where(far, 1, goal))
+    return near, jnp.where(far, power * 2.0**-30, goal)
 
 
 def _largest(

@@ -36,7 +36,10 @@ class Spectral(NamedTuple):
 
 
 def cap(slack: float) -> Spectral:
-    """Singular values above 1 become 1; a matrix with none above 1 + slack stays."""
+    """Singular values above 1 become 1; a matrix with none above 1 + slack stays.
+
+    What rounding alone makes beside a huge one becomes 0.
+    """
     return Spectral(_capped, _capped_slope, slack)
 
 
@@ -47,7 +50,10 @@ def one(slack: float) -> Spectral:
 
 def _capped(s: jax.Array, slack: float) -> jax.Array:
     stays = jnp.all(s <= 1 + slack, axis=-1, keepdims=True)
-    return jnp.where(stays, s, jnp.minimum(s, 1))
+    noise = slack * jnp.max(s, axis=-1, keepdims=True)
+    return jnp.where(
+        stays, s, jnp.where((s <= noise) & (noise > 1), 0, jnp.minimum(s, 1))
+    )
 
 
 def _capped_slope(s: jax.Array) -> jax.Array:
@@ -66,14 +72,14 @@ def times(*factors: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def mapped(w: jax.Array, f: Spectral) -> jax.Array:
-    """U diag(f(σ)) Vᵀ; the very same matrix where f changes no singular value."""
+def mapped(w: jax.Array, f: Spectral) -> tuple[jax.Array, jax.Array]:
+    """U diag(f(σ)) Vᵀ, the very same matrix where f changes no σ; and the σ."""
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     values = f.value(s, f.slack)
     found = times(u * values[..., None, :], vt)
     if f.polished:
         found = _polished(found)
-    return jnp.where(jnp.all(values == s, axis=-1)[..., None, None], w, found)
+    return jnp.where(jnp.all(values == s, axis=-1)[..., None, None], w, found), s
 
 
 def _polished(x: jax.Array) -> jax.Array:
@@ -86,7 +92,7 @@ def _polished(x: jax.Array) -> jax.Array:
 @mapped.defjvp
 def _mapped_jvp(
     f: Spectral, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     # Daleckii and Krein's formula, for singular values: divided differences on the
     # symmetric part, divided sums on the skew part; both have limits where the formula
     # of the singular vectors themselves divides by zero.
@@ -102,7 +108,8 @@ def _mapped_jvp(
     share = _ratio(values, s, f.slope(s))[..., None, :]
     left = times((d_w - times(u, ut, d_w)), v * share, vt)
     right = times(u * share, ut, d_w - times(d_w, v, vt))
-    return mapped(w, f), times(u, core, vt) + left + right
+    d_s = jnp.diagonal(inner, axis1=-2, axis2=-1)
+    return mapped(w, f), (times(u, core, vt) + left + right, d_s)
 
 
 def _ratio(a: jax.Array, b: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -18,7 +18,9 @@ from tests.untyped import untyped
 
 FIELDS = (
     "size", "limit", "clipped_fraction", "steps", "clipped_steps", "nonfinite_steps",
+    "changed_fraction", "changed_steps",
 )  # fmt: skip
+SHRINKING = FIELDS[:6]  # of actions that never enlarge
 GRADS = {"a": jnp.array([6.0, 8.0]), "b": jnp.array([0.0, 2.0])}  # sizes 10 and 2
 EXAMPLES = {"a": jnp.array([[3.0, 0.0], [0.3, 0.0]]), "b": jnp.array([4.0, 0.4])}
 
@@ -40,10 +42,13 @@ def test_the_fields_are_those_documented():
     assert optclip.ClipMetrics._fields == FIELDS
     assert not set(FIELDS) & {"count", "mu", "nu", "trace", "inner_state"}
     _, state = untyped(clip(1.0)).update(GRADS, None)
+    assert list(metrics(state)) == list(SHRINKING)
+    _, state = untyped(clip(1.0, action=optclip.actions.floor())).update(GRADS, None)
     dtypes = {name: value.dtype.name for name, value in metrics(state).items()}
     assert list(dtypes) == list(FIELDS)
-    assert set(list(dtypes.values())[:3]) == {"float32"}
-    assert set(list(dtypes.values())[3:]) == {"int32"}
+    floats = {name for name, dtype in dtypes.items() if dtype == "float32"}
+    assert floats == {"size", "limit", "clipped_fraction", "changed_fraction"}
+    assert set(dtypes.values()) == {"float32", "int32"}
     chex.assert_shape(list(state.metrics), ())
 
 
@@ -52,7 +57,22 @@ def test_before_the_first_step(limit):
     state = clip(limit).init(GRADS)
     assert {
         name: value.item() for name, value in metrics(state).items()
-    } == dict.fromkeys(FIELDS, 0)
+    } == dict.fromkeys(SHRINKING, 0)
+
+
+def test_changed_is_not_clipped():
+    """A group raised 30-fold was changed and not clipped; a floor clips nothing."""
+    small = {"a": jnp.array([0.06, 0.08]), "b": jnp.array([0.0, 3.0])}  # .1 and 3
+    fields = ("clipped_fraction", "changed_fraction", "clipped_steps", "changed_steps")
+    for action, wanted in (
+        (optclip.actions.floor(), (0.0, 0.5, 0, 1)),
+        (optclip.actions.normalize(), (0.0, 0.5, 0, 1)),
+    ):
+        numbers = seen(clip(3.0, groupings.per_leaf(), action=action), small)
+        assert tuple(numbers[name] for name in fields) == wanted
+    normalize = clip(1.0, groupings.per_leaf(), action=optclip.actions.normalize())
+    numbers = seen(normalize, small, {"a": jnp.zeros(2), "b": jnp.array([0.0, 1.0])})
+    assert tuple(numbers[name] for name in fields) == (0.0, 0.0, 1, 1)
 
 
 GROUPS = {
@@ -265,14 +285,14 @@ def test_counters_count_and_stop_at_the_largest_integer():
     tx = untyped(clip(5.0))
     small = jax.tree.map(lambda x: 0.1 * x, GRADS)
     numbers = seen(tx, GRADS, small, GRADS, small, small)
-    assert [numbers[name] for name in FIELDS[3:]] == [5, 2, 0]
+    assert [numbers[name] for name in SHRINKING[3:]] == [5, 2, 0]
     assert numbers["clipped_fraction"] == 0.0  # of the last step
     state = tx.init(GRADS)
     last = jnp.iinfo(jnp.int32).max
-    full = {name: jnp.int32(last) for name in FIELDS[3:]}
+    full = {name: jnp.int32(last) for name in SHRINKING[3:]}
     state = state._replace(metrics=state.metrics._replace(**full))
     numbers = seen(tx, GRADS, state=state)
-    assert [numbers[name] for name in FIELDS[3:]] == [last] * 3
+    assert [numbers[name] for name in SHRINKING[3:]] == [last] * 3
 
 
 def test_without_groups_only_steps_count():
@@ -332,7 +352,7 @@ def test_found_wherever_it_hangs(tx, prefixes, standard):
     update = jax.jit(lambda g, s: (lambda s: (s, metrics(s)))(tx.update(g, s, g)[1]))
     state, inside_jit = update(GRADS, tx.init(GRADS))
     found = metrics(state)
-    assert list(found) == [prefix + field for prefix in prefixes for field in FIELDS]
+    assert list(found) == [prefix + field for prefix in prefixes for field in SHRINKING]
     for prefix in prefixes:
         assert found[prefix + "steps"] == 1
         assert found[prefix + "limit"] == 5.0
@@ -362,7 +382,7 @@ def test_names_that_spell_alike_are_told_apart():
     inner = optax.named_chain(("first", clip(4.0)))
     state = optax.named_chain(("clip/first", one()), ("clip", inner)).init(GRADS)
     found = metrics(state)
-    assert len(found) == 2 * len(FIELDS)
+    assert len(found) == 2 * len(SHRINKING)
     assert {key for key in found if key.endswith("size")} == {
         "['clip/first'].size", "['clip']['first'].size",
     }  # fmt: skip
@@ -397,7 +417,7 @@ OURS = {
 def test_short_names_are_those_that_users_gave(tx, prefixes):
     """So that a dashboard's keys outlive a change of the chain."""
     state = tx.init(GRADS)
-    wanted = [prefix + field for prefix in prefixes for field in FIELDS]
+    wanted = [prefix + field for prefix in prefixes for field in SHRINKING]
     assert list(metrics(state, short=True)) == wanted
     assert list(metrics(state).values()) == list(metrics(state, short=True).values())
     dotted = [key.replace("/", ".") for key in wanted]
@@ -423,8 +443,8 @@ def test_short_names_never_hide_one_of_two(tx):
 def test_short_names_of_skip_step():
     state = optclip.skip_step(optax.sgd(0.1), 1.0, value_threshold=2.0).init(GRADS)
     own = ["skipped_steps", "consecutive_skips"]
-    loss = [f"value_watch/{field}" for field in FIELDS]
-    assert list(metrics(state, short=True)) == [*FIELDS, *loss, *own]
+    loss = [f"value_watch/{field}" for field in SHRINKING]
+    assert list(metrics(state, short=True)) == [*SHRINKING, *loss, *own]
 
 
 def test_in_a_linen_train_state():
@@ -432,7 +452,7 @@ def test_in_a_linen_train_state():
     state = TrainState.create(apply_fn=None, params=GRADS, tx=tx)
     state = state.apply_gradients(grads=GRADS)
     assert metrics(state.opt_state)["0/size"] == pytest.approx(104**0.5)
-    assert list(metrics(state)) == [f"opt_state/0/{field}" for field in FIELDS]
+    assert list(metrics(state)) == [f"opt_state/0/{field}" for field in SHRINKING]
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["chain", "masked in chain"])
@@ -452,12 +472,12 @@ def test_in_an_nnx_optimizer(wrapped):
         step(model, optimizer), nnx.jit(step)(model, optimizer),
         metrics(optimizer.opt_state),
     ):  # fmt: skip
-        assert set(found) == {prefix + field for field in FIELDS}
+        assert set(found) == {prefix + field for field in SHRINKING}
         assert all(isinstance(value, jax.Array) for value in found.values())
         assert found[prefix + "size"] == 12.0
     assert found[prefix + "steps"] == 2
     assert list(metrics(optimizer)) == [f"opt_state/{key}" for key in found]
-    assert list(metrics(optimizer, short=True)) == list(FIELDS)
+    assert list(metrics(optimizer, short=True)) == list(SHRINKING)
     assert metrics(nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param).opt_state) == {}
 
 

@@ -22,12 +22,16 @@ class Row(NamedTuple):
 
     Attributes:
       name: unique, the test's id.
-      kind: "clip" (groups scaled to a limit), "adaptive" (to a limit that the rule
-        sets itself, from a history as short as it takes for two steps to teach it),
+      kind: "matrix" (singular values bounded: `tests/test_spectral_clip.py` instead of
+        laws 1 to 3), "clip" (groups scaled down to a limit), "enlarging" (up to it, or
+        up and down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the
+        rule sets itself, from a history as short as it takes for two steps to teach
+        it),
         "elementwise" (flat clamps), "measuring" (never changes an update), or "wrapper"
         (around an optimizer, here one that does nothing).
       build: limit (number, array, schedule or tracer) to the transform; rows of kind
-        "adaptive" have no use for it; both they and "clip" take options of `clip_by`.
+        "adaptive" have no use for it; they, "clip" and "enlarging" take options of
+        `clip_by`.
       oracle: keyword arguments for `tests.oracles.fixed.clip`.
       public: the public name whose row this is, for the check that none is missing.
       argument: the name of its limit argument in messages; None if it takes thresholds.
@@ -91,6 +95,7 @@ def _parts(grouping: Any, measure: Any = measures.l2, action: Any = None) -> Cal
     )
 
 
+ORDER = "of complex numbers none is larger than another"
 REAL = "an interval says nothing about complex numbers, so clip_by_value raises"
 TWO_ARRAYS = "XLA writes once what it would have to make twice from two whole arrays"
 PRIVACY = "a sum that privacy bounds may hold nothing that was not measured"
@@ -98,6 +103,7 @@ FLAT = "flat: it measures nothing, so it keeps no state"
 SMOOTH = "smooth shrinks every group, by its definition"
 EPS = "div_eps > 0 is PyTorch's convention, which shrinks a group at its limit"
 
+SINGULAR = "each singular value has a factor of its own, and is known to rounding"
 COUNTERS = "skip_step's own metrics are counters; the sizes are in its watch"
 
 
@@ -262,6 +268,29 @@ ROWS = [
         public="clip_by",
     ),
     Row(
+        "clip_by-measured",
+        "clip",
+        _parts(groupings.whole(measured="kernel|mlp")),
+        {"grouping": "kernels"},
+        public="clip_by",
+    ),
+    Row(
+        "clip_by-normalize",
+        "enlarging",
+        _parts(groupings.per_leaf(), action=actions.normalize()),
+        {"grouping": "leaf", "action": "normalize"},
+        public="clip_by",
+        identity="every group is scaled to its limit",
+    ),
+    Row(
+        "clip_by-floor",
+        "enlarging",
+        _parts(groupings.per_unit(), action=actions.floor()),
+        {"grouping": "unit", "action": "floor"},
+        public="clip_by",
+        identity="a group within its limit is raised to it",
+    ),
+    Row(
         "clip_by-tightest",
         "clip",
         lambda limit, **options: optclip.clip_by(
@@ -304,6 +333,28 @@ ROWS = [
         public="clip",
         argument="max_delta",
         has_metrics=FLAT,
+    ),
+    Row(
+        "spectral_clip",
+        "matrix",
+        lambda limit, **options: optclip.spectral_clip(limit, **options),
+        {"grouping": "leaf"},
+        public="spectral_clip",
+        argument="max_sigma",
+        identity=SINGULAR,
+        complex=ORDER,
+    ),
+    Row(
+        "spectral_clip-products",
+        "matrix",
+        lambda limit, **options: optclip.spectral_clip(limit, iterations=24, **options),
+        {"grouping": "leaf"},
+        public="spectral_clip",
+        argument="max_sigma",
+        identity=SINGULAR,
+        variant=True,
+        has_metrics="products find no singular value, so there are counters only",
+        complex=ORDER,
     ),
     _adaptive("spike_clip", window=4)._replace(ulps=8),
     _adaptive("autoclip", percentile=40.0, window=3),
@@ -392,7 +443,6 @@ class Constraint(NamedTuple):
     digits: bool | str = True
 
 
-ORDER = "of complex numbers none is larger than another"
 SORTS = "it sorts"
 FACTORISES = "it factorises matrices"
 MULTIPLIES = "products of matrices are rounded beside their largest entries"

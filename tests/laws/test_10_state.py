@@ -24,7 +24,11 @@ from tests.untyped import untyped
 
 EVERY = pytest.mark.parametrize(
     "row",
-    rows("clip", "adaptive", "elementwise", "measuring", "wrapper", variants=False),
+    rows(
+        *("clip", "enlarging", "adaptive", "elementwise", "matrix", "measuring"),
+        "wrapper",
+        variants=False,
+    ),
 )
 
 
@@ -47,7 +51,7 @@ TREES = {
     "holes": lambda: {"a": None, "b": jnp.arange(4), "m": optax.MaskedNode(), **tree()},
     "nothing measured": lambda: [jnp.arange(4), jnp.zeros((4, 0))],
     "float64": lambda: tree(dtype=jnp.float64),
-    "float16": lambda: {"a": jnp.ones((4, 3), jnp.float16)},
+    "float16": lambda: {"kernel": jnp.ones((4, 3), jnp.float16)},
 }
 
 

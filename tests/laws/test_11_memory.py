@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KINDS = ("clip", "adaptive", "elementwise", "measuring")
+KINDS = ("clip", "enlarging", "adaptive", "elementwise", "measuring")
 
 
 def fitting(*kinds: str) -> pytest.MarkDecorator:

@@ -19,7 +19,8 @@ from tests.laws.table import projections, rows
 from tests.laws.trees import Case, combinations
 from tests.untyped import untyped
 
-EVERY = rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
+KINDS = ("clip", "enlarging", "elementwise", "matrix", "measuring")
+EVERY = rows(*KINDS, "adaptive", "wrapper")
 
 
 class Pair(NamedTuple):
@@ -62,7 +63,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(
     ("row", "dtype"),
-    combinations("clip", "elementwise", "measuring")
+    combinations(*KINDS)
     + combinations("adaptive", "wrapper", dtypes=("bfloat16", "float64")),
 )
 def test_dtypes_and_shapes(row, dtype):

@@ -24,9 +24,13 @@ from tests.untyped import untyped
 
 EVERY = pytest.mark.parametrize(
     "row",
-    rows("clip", "adaptive", "elementwise", "measuring", "wrapper", variants=False),
+    rows(
+        *("clip", "enlarging", "adaptive", "elementwise", "matrix", "measuring"),
+        "wrapper",
+        variants=False,
+    ),
 )
-LIMITED = rows("clip", "elementwise")
+LIMITED = rows("clip", "enlarging", "elementwise", "matrix")
 BY_NAME = {row.name: row for row in ROWS}
 SCALES = (0.05, 1.0, 30.0, 1e4)  # from within every limit of 1 to far above it
 
@@ -132,10 +136,21 @@ def test_the_comparison_can_fail():
 
 @EVERY
 def test_the_rows_are_put_to_work(row):
-    """The stream is clipped at its end and (but for `smooth`) not at its start."""
+    """The stream is clipped at its end and (but for `smooth`) not at its start.
+
+    With a floor, or a fixed target, it is raised at its start.
+    """
     first, last = run(row.name)[0][0], run(row.name)[-1][0]
     if row.kind == "measuring":
         chex.assert_trees_all_equal(last, STREAM[-1])
+        return
+    if row.kind == "enlarging":
+        chex.assert_trees_all_equal(
+            jax.tree.map(
+                lambda out, updates: abs(out) > abs(updates), first, STREAM[0]
+            ),
+            jax.tree.map(lambda x: jnp.ones(x.shape, bool), first),
+        )
         return
     for out, updates in zip(
         jax.tree.leaves(last), jax.tree.leaves(STREAM[-1]), strict=True

@@ -22,10 +22,12 @@ BAD = st.sampled_from((np.nan, np.inf, -np.inf))
 
 
 @st.composite
-def spoilt(draw, tree):
-    """The tree with one to three elements of one leaf not finite."""
+def spoilt(draw, tree, row=None):
+    """The tree with one to three elements of one leaf not finite, which is measured."""
     out = {path: np.array(x) for path, x in tree.items()}
-    x = out[draw(st.sampled_from(sorted(out)), label="leaf")]
+    groups = [] if row is None else trees.groups_of(row, tree)
+    among = {path for group in groups for path, _ in group} or out
+    x = out[draw(st.sampled_from(sorted(among)), label="leaf")]
     at = st.integers(0, x.size - 1)
     for index in draw(st.lists(at, min_size=1, max_size=3), label="positions"):
         bad = draw(BAD)
@@ -50,20 +52,22 @@ def check_groups(row, case, bad, **options):
     assert state.metrics.steps == 1
 
 
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip"))
+@pytest.mark.parametrize(("row", "dtype"), combinations("clip", "enlarging", "matrix"))
 @given(data=st.data())
 def test_propagate(row, dtype, data):
     """The group is NaN throughout, its zeros too."""
     case = data.draw(trees.cases(row, dtype))
-    check_groups(row, case, data.draw(spoilt(case.tree)))
+    check_groups(row, case, data.draw(spoilt(case.tree, row)))
 
 
-@pytest.mark.parametrize(("row", "dtype"), combinations("clip", dtypes=("float32",)))
+@pytest.mark.parametrize(
+    ("row", "dtype"), combinations("clip", "enlarging", "matrix", dtypes=("float32",))
+)
 @given(data=st.data())
 def test_zero(row, dtype, data):
     """The group is zero throughout."""
     case = data.draw(trees.cases(row, dtype))
-    check_groups(row, case, data.draw(spoilt(case.tree)), nonfinite="zero")
+    check_groups(row, case, data.draw(spoilt(case.tree, row)), nonfinite="zero")
 
 
 @pytest.mark.parametrize("row", rows("adaptive"))
@@ -73,7 +77,7 @@ def test_zero(row, dtype, data):
 def test_rules_that_learn(row, nonfinite, data):
     """The bad group as it says, others as without it; the rule goes on as if unseen."""
     tree = data.draw(trees.trees(row, "float32"))
-    bad = data.draw(spoilt(tree))
+    bad = data.draw(spoilt(tree, row))
     options = {} if nonfinite == "propagate" else {"nonfinite": nonfinite}
     (_, before), (out, after), (again, _) = trees.walk(
         row, [tree, bad, tree], **options
@@ -96,7 +100,7 @@ def test_rules_that_learn(row, nonfinite, data):
 def test_wrapper(row, data):
     """All of the step is zero, whichever group it was, and the counter rises."""
     tree = data.draw(trees.trees(row, "float32"))
-    _, (out, state) = trees.walk(row, [tree, data.draw(spoilt(tree))])
+    _, (out, state) = trees.walk(row, [tree, data.draw(spoilt(tree, row))])
     assert all(np.all(x == 0) for x in out.values())
     assert state.metrics.consecutive_skips >= 1
 
@@ -124,7 +128,7 @@ def test_neighbours_of_large_leaves(measure, nonfinite):
 def test_clamped(row, dtype, data):
     """Flat: infinity goes to the bound, NaN stays, every other element is as it was."""
     case = data.draw(trees.cases(row, dtype))
-    bad = data.draw(spoilt(case.tree))
+    bad = data.draw(spoilt(case.tree, row))
     clean_out, _ = trees.run(row, case)
     out, _ = trees.run(row, Case(bad, case.limit))
     with np.errstate(over="ignore"):  # 1e37 is infinite in float16
@@ -150,14 +154,14 @@ def test_clamped(row, dtype, data):
 def test_measuring(row, dtype, data):
     """Not even a NaN is changed; the counter rises."""
     case = data.draw(trees.cases(row, dtype))
-    bad = data.draw(spoilt(case.tree))
+    bad = data.draw(spoilt(case.tree, row))
     out, state = trees.run(row, Case(bad, case.limit))
     for path, x in bad.items():
         assert out[path].tobytes() == x.tobytes(), path
     assert state.metrics.nonfinite_steps == 1
 
 
-@pytest.mark.parametrize("row", rows("clip"))
+@pytest.mark.parametrize("row", rows("clip", "enlarging"))
 @pytest.mark.parametrize(
     ("dtype", "nonfinite"),
     [("float32", "propagate"), ("bfloat16", "propagate"), ("float32", "zero")],
@@ -184,7 +188,9 @@ def test_size_out_of_range(row, dtype, nonfinite):
 
 @pytest.mark.parametrize(
     ("row", "dtype"),
-    combinations("clip", "elementwise", dtypes=("float32", "float16", "complex64")),
+    combinations(
+        "clip", "enlarging", "elementwise", dtypes=("float32", "float16", "complex64")
+    ),
 )
 @settings(max_examples=15)
 @given(data=st.data())

@@ -28,7 +28,7 @@ from tests.laws.table import projections, rows
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-KINDS = ("clip", "adaptive", "elementwise", "measuring", "wrapper")
+KINDS = ("clip", "enlarging", "adaptive", "elementwise", "measuring", "wrapper")
 ROWS = rows(*KINDS)
 AXIS_TYPES = [
     pytest.param(AxisType.Auto, id="auto"),

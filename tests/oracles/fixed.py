@@ -44,6 +44,8 @@ def groups(tree: Tree, grouping: str) -> list[Group]:
     if grouping == "example":
         batch = next(iter(tree.values())).shape[0]
         return [[(path, (i,)) for path in tree] for i in range(batch)]
+    if grouping == "kernels":  # measured; everything is scaled with them
+        return [[(path, ()) for path in tree if "kernel" in path]]
     if grouping == "element":
         return [[(p, index)] for p, x in tree.items() for index in np.ndindex(x.shape)]
     if grouping == "unit":  # columns of matrices, whole vectors
@@ -63,6 +65,10 @@ def target(size: float, limit: float, action: str) -> float:
         return min(size, limit)
     if action == "smooth":
         return 0.0 if size == 0 or limit == 0 else size / (1 + size / limit)
+    if action == "normalize":
+        return size if np.isinf(limit) else limit
+    if action == "floor":
+        return size if np.isinf(limit) else max(size, limit)
     if action == "torch":
         return size * min(1.0, limit / (size + 1e-6))
     raise ValueError(action)
@@ -87,7 +93,7 @@ def clip(
         values = [np.ravel(wide[path][index]) for path, index in group]
         before = size(np.concatenate(values), measure)
         sizes.append(before)
-        for path, index in group:
+        for path, index in [(p, ()) for p in wide] if grouping == "kernels" else group:
             if not np.isfinite(before):
                 out[path][index] = np.nan if nonfinite == "propagate" else 0.0
             elif before > 0:

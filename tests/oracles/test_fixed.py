@@ -48,7 +48,7 @@ def stream(row):
     return out
 
 
-EVERY = rows("clip", "elementwise", "measuring")
+EVERY = rows("clip", "enlarging", "elementwise", "measuring")
 STREAMS = [pytest.param(*p.values, schedule, id=p.id) for p in EVERY]
 STREAMS += [
     pytest.param(*p.values, LIMIT, id=f"{p.id}-constant")
@@ -74,7 +74,7 @@ def test_stream(row, limit):
     out, states = jax.device_get(run(updates))
     limits = LIMITS if callable(limit) else np.full(STEPS, limit)
     limits = np.maximum(limits, 0).astype(float)
-    clipped_steps = nonfinite_steps = 0
+    clipped_steps = nonfinite_steps = changed_steps = 0
     for t, bound in enumerate(limits):
         tree = {path: x[t] for path, x in updates.items()}
         expected, sizes = fixed.clip(tree, bound, **row.oracle)
@@ -93,6 +93,13 @@ def test_stream(row, limit):
         sizes, now = np.array(sizes), jax.tree.map(lambda x, t=t: x[t], states.metrics)
         finite = np.isfinite(sizes)
         over = finite & (sizes > (np.inf if row.kind == "measuring" else bound))
+        if row.kind == "enlarging":
+            targets = [fixed.target(x, bound, row.oracle["action"]) for x in sizes]
+            targets = np.where(sizes == 0, 0, targets)
+            over, changed = finite & (targets < sizes), finite & (targets != sizes)
+            changed_steps += changed.any()
+            assert now.changed_steps == changed_steps
+            np.testing.assert_allclose(now.changed_fraction, changed.mean(), rtol=1e-6)
         elementwise = row.oracle["grouping"] == "element"
         # Element by element one NaN hides the largest, so such a step does not count.
         clipped_steps += over.any() and not (elementwise and np.isnan(sizes).any())
