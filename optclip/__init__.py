@@ -39,6 +39,7 @@ Parameters that stay in a set:
     project                       ends a chain: parameters stay in a set after each step
     project_params                the nearest parameters in a set, at once
     clip_weights                  WGAN weight clipping
+    hyperball                     wraps an optimizer; matrices keep their first norm
     qk_clip                       MuonClip: bounds attention logits
     record_max_logits             records the logits that qk_clip needs, in Flax
     sets                          the sets: box, max_norm, simplex, spectral_ball, ...
@@ -63,6 +64,7 @@ Types, to annotate and to read:
     SkipState                     the state of skip_step
     SkipMetrics                   the counters in it
     ProjectState                  the state of project
+    HyperballState                the state of hyperball
     Adopted                       what adopt_state returns
 """
 
@@ -91,6 +93,7 @@ from optclip.clipping.rules.skip_step import SkipState, skip_step
 from optclip.clipping.rules.spike_clip import spike_clip
 from optclip.clipping.rules.values import clip, clip_by_value
 from optclip.clipping.rules.zclip import zclip
+from optclip.hyperball import HyperballState, hyperball
 from optclip.insight.adopt_state import Adopted, adopt_state
 from optclip.insight.metrics import metrics
 from optclip.insight.norms import global_norm, leaf_norms
@@ -105,6 +108,7 @@ __all__ = [
     "Adopted",
     "ClipMetrics",
     "ClipState",
+    "HyperballState",
     "ProjectState",
     "SkipMetrics",
     "SkipState",
@@ -123,6 +127,7 @@ __all__ = [
     "everything",
     "global_norm",
     "groupings",
+    "hyperball",
     "initializers",
     "leaf_norms",
     "mask",
