@@ -7,6 +7,7 @@
 | `per_leaf()` | one leaf |
 | `per_label(labels)` | the leaves that share a label |
 | `per_example()` | one index of the leading axis, across leaves |
+| `per_matrix()` | one matrix, of a layer or an expert of a stack |
 | `per_unit(axes)` | one output unit of one parameter: a column of a Dense kernel |
 | `per_element()` | one number |
 
@@ -19,6 +20,7 @@ from optclip._core.groupings import (
     per_example,
     per_label,
     per_leaf,
+    per_matrix,
     per_unit,
     whole,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "per_example",
     "per_label",
     "per_leaf",
+    "per_matrix",
     "per_unit",
     "whole",
 ]

@@ -9,6 +9,7 @@
 | `l2_ball(radius)` | leaves, or units, of bounded Euclidean norm |
 | `max_norm(max_value, axis)` | units of bounded norm: Keras' MaxNorm |
 | `norm_sphere(radius)` | leaves, or units, of one norm |
+| `init_sphere(grouping)` | leaves, matrices or units that keep their first norm |
 | `unit_norm(axis)` | units of norm 1: Keras' UnitNorm |
 | `norm_range(min_value, max_value, rate, axis)` | units with a norm in a range |
 | `l1_ball(radius)` | leaves, or units, of bounded sum of magnitudes |
@@ -22,6 +23,7 @@
 
 from optclip.projections.base import Set
 from optclip.projections.boxes import box, init_box, linf_ball, nonnegative
+from optclip.projections.init_sphere import init_sphere
 from optclip.projections.intersection import intersection
 from optclip.projections.matrices import orthogonal, spectral_ball
 from optclip.projections.norm_range import norm_range
@@ -32,6 +34,7 @@ __all__ = [
     "Set",
     "box",
     "init_box",
+    "init_sphere",
     "intersection",
     "l1_ball",
     "l2_ball",

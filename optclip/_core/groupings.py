@@ -11,6 +11,7 @@ lie inside one leaf: one block a leaf, with reduced axes kept at size 1.
 | `per_leaf()` | one leaf | one vector |
 | `per_label(labels)` | the leaves that share a label | one vector |
 | `per_example()` | one index of the leading axis, across leaves | one vector |
+| `per_matrix()` | one matrix of a stack: a layer's, an expert's | one array a leaf |
 | `per_unit()` | one output unit of one parameter | one array a leaf |
 | `per_element()` | one number | one array a leaf |
 """
@@ -216,6 +217,44 @@ def per_example() -> Grouping:
         return tuple(range(1, len(shape)))
 
     return Grouping(axes, lambda leaf: "", None, keeps_state=False, integers=False)
+
+
+@public
+def per_matrix(stacked: Stacked = None) -> Grouping:
+    """Each matrix is a group: a kernel, or one layer's or expert's of a stack.
+
+    A kernel is one matrix with the window of a convolution and the heads of attention,
+    where its name or its bias's shape tells these. Otherwise all axes before the last
+    two count matrices, so that a stack of layers or experts without biases is never
+    joined. A bias or scale is one group, or one a stacked layer.
+
+    Args:
+      stacked: how many leading axes count matrices, where names and biases cannot tell:
+        False (none), True (one) or a number for every leaf, or a regular expression
+        searched in the path for the leaves with one.
+
+    Returns:
+      The grouping.
+
+    Raises:
+      ValueError: inside `shard_map`, if a leaf varies over a mesh axis and `axis_name`
+        does not say whether matrices do.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> experts = {"experts": jnp.array([[[3.0], [4.0]], [[0.3], [0.4]]])}
+    >>> tx = optclip.clip_by(1.0, grouping=per_matrix())
+    >>> updates, _ = tx.update(experts, None)
+    >>> print(updates["experts"].squeeze())
+    [[0.6 0.8]
+     [0.3 0.4]]
+    """
+
+    def reduced(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
+        known = stack_of(stacked, path)
+        stack = layouts.layout(path, shapes, stacked=known, unnamed="io").stack
+        return tuple(axis for axis in range(len(shape)) if axis not in stack)
+
+    return Grouping(reduced, None, sums=None)
 
 
 @public

@@ -85,6 +85,7 @@ def layout(
     forms: Mapping[str, str] | None = None,
     module: str | None = None,
     stacked: int | None = None,
+    unnamed: str = "w*io",
 ) -> Layout:
     """The layout of the parameter at `path`.
 
@@ -95,6 +96,7 @@ def layout(
       forms: the letters of the axes of some kernels, by path.
       module: the name of the type that holds the parameter, such as "Linear".
       stacked: how many leading axes are stack (True is 1), None to find out.
+      unnamed: the form of a kernel of which neither name nor bias says anything.
 
     Returns:
       The axes by role, as indices into the parameter's shape.
@@ -108,7 +110,7 @@ def layout(
     (0, 2)
     """
     forms = forms or {}
-    word = _word(path, shapes, forms, module, stacked)
+    word = _word(path, shapes, forms, module, stacked, unnamed)
     axes = (
         tuple(axis for axis, letter in enumerate(word) if letter == role)
         for role in "swio"
@@ -151,7 +153,7 @@ _NAMES = {
     r"(^|/)(query|key|value|output)_proj/weight$": "oi",
     r"(^|/)weight$": "oiw*",
 }
-# What a bias's shape can tell; without one, the first.
+# What a bias's shape can tell.
 _BY_SHAPE = ("w*io", "ii*oo", "ii*ooo", "w*oi")
 _VECTORS = ("bias", "b", "scale", "offset", "gamma", "beta", "layer_scale", "bias_n")
 _SIBLINGS = {
@@ -169,6 +171,7 @@ def _word(
     forms: Mapping[str, str],
     module: str | None,
     stacked: int | None,
+    unnamed: str,
 ) -> str:
     """The form written out: one letter per axis."""
     shape, rank, (holder, slash, name) = (
@@ -187,7 +190,7 @@ def _word(
         if stacked is not None:
             count = min(stacked, rank)
         elif sibling is not None and len(shapes[sibling]) > rank:
-            kernel = _word(sibling, shapes, forms, module, None)
+            kernel = _word(sibling, shapes, forms, module, None, unnamed)
             count = min(kernel.count("s"), rank - 1)
         return ("s" * count).ljust(rank, "i")
     texts = ((_TYPES, f"{module}/{name}"), (_TYPES, path), (_NAMES, path))
@@ -197,7 +200,7 @@ def _word(
         for pattern, form in table.items()
         if re.search(pattern, text)
     ]
-    words = [_expand(form, rank, stacked) for form in (*found, *_BY_SHAPE)]
+    words = [_expand(form, rank, stacked) for form in (*found, unnamed, *_BY_SHAPE)]
     return _agreeing(words, shape, beside)
 
 

@@ -70,7 +70,7 @@ def axes_of(axis_name: AxisName) -> AxesOf:
     return lambda leaf: as_tuple(lookup(leaf.path))
 
 
-def bound(axis_name: AxisName) -> bool:
+def bound(axis_name: AxisName | MeshAxes) -> bool:
     """Whether the names mean something here: `init` often runs outside."""
     try:
         axis_size(tuple(jax.tree_util.tree_leaves(axis_name)))

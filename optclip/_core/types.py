@@ -25,5 +25,7 @@ Axes: TypeAlias = int | tuple[int, ...]
 Where: TypeAlias = str | re.Pattern[str] | Callable[[str, Any], bool] | Tree
 # The axes that count independent layers: how many, or a pattern for leaves with one.
 Stacked: TypeAlias = bool | int | str | None
+# A number, an array of one for each group, or a tree of these that may be a prefix.
+Radius: TypeAlias = ArrayLike | Tree
 # The values, or the tangents, that a rule of `jax.custom_jvp` is given.
 Arrays: TypeAlias = tuple[jax.Array, ...]

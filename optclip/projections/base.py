@@ -4,7 +4,7 @@
     measure   a sum, extent -> what is to be known of a point as a whole: its norm, say
     project   x, what was measured, memory -> the nearest point, in x's dtype
     contains  x, what was measured, memory -> whether each point lies in the set
-    init      parameter -> memory, for a set that remembers how the parameter started
+    init      parameter, extent -> memory, for a set that remembers the start
 
 A point is a group of elements within one leaf: an element, a unit, a matrix, the leaf.
 All points of a leaf are projected at once, each on its own. `project` calls `extent`,
@@ -72,7 +72,9 @@ class Set(Part):
       project: (x, measured, memory) to the nearest point, of x's shape and dtype, which
         lies in the set as the dtype holds it.
       contains: (x, measured, memory) to booleans that broadcast against x.
-      init: None for a set without memory; else parameter to a vector of float32.
+      init: None for a set without memory; else (parameter, extent) to what it remembers
+        of the start: a vector, or an array of the parameter's rank, which may be
+        sharded as the parameter is.
 
     >>> import jax.numpy as jnp, optclip
     >>> signs = optclip.sets.Set(
@@ -89,7 +91,7 @@ class Set(Part):
     measure: Callable[[Sum, Any], Any]
     project: Callable[[jax.Array, Any, Any], jax.Array]
     contains: Callable[[jax.Array, Any, Any], jax.Array]
-    init: Callable[[jax.Array], jax.Array] | None = None
+    init: Callable[[jax.Array, Any], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         # `extent` runs inside `project`, but its errors name who made the set.
@@ -107,6 +109,19 @@ class Set(Part):
         """Whether the points of such an array lie in the set."""
         return self.contains(x, self.measure(Sum((x,)), extent), memory)
 
+    def remembered(self, leaf: jax.Array, extent: object) -> jax.Array | None:
+        """What it remembers of a leaf at the start; NaN of an abstract one."""
+        if self.init is None or not isinstance(leaf, jax.ShapeDtypeStruct):
+            return None if self.init is None else self.init(leaf, extent)
+        kept = self.memory_like(leaf, extent)
+        return jnp.full(kept.shape, jnp.nan, kept.dtype)
+
+    def memory_like(self, leaf: jax.Array, extent: object) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of that."""
+        assert self.init is not None
+        init = self.init
+        return jax.eval_shape(lambda leaf: init(leaf, extent), leaf)
+
 
 class Extent(NamedTuple):
     """The axes over which a point extends: of the array, and of the mesh around it."""
@@ -118,6 +133,12 @@ class Extent(NamedTuple):
 def as_it_is(total: Sum, extent: T) -> T:
     """The measure of sets that need none."""
     return extent
+
+
+def joined(memories: list[jax.Array]) -> jax.Array:
+    """What is remembered as one vector, in a dtype that holds all of it."""
+    wide = np.result_type(*(memory.dtype for memory in memories))
+    return jnp.concatenate([memory.reshape(-1).astype(wide) for memory in memories])
 
 
 def extent_of(grouping: Grouping, axis_name: AxisName = None) -> ExtentOf:
@@ -135,7 +156,9 @@ def extent_of(grouping: Grouping, axis_name: AxisName = None) -> ExtentOf:
 
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Extent:
         mesh = groups.mesh_axes_of(grouping, paths.Leaf(path, leaf), given)
-        shape = groups.on_all_devices(leaf.shape, mesh)
+        shape = leaf.shape  # at `init` outside of `pmap`, names mean nothing yet
+        if meshes.bound(mesh):
+            shape = groups.on_all_devices(shape, mesh)
         if grouping.axes is None:
             return Extent(tuple(range(len(shape))), mesh)
         return Extent(grouping.axes(path, shape, shapes), mesh)

@@ -8,6 +8,7 @@ where the nearest number is 0.01001. No reductions, nothing to send on any mesh.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -18,8 +19,9 @@ from jax.typing import ArrayLike
 from optclip._core import checks, meshes, paths
 from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards, static_bound
-from optclip._core.types import AxisName, Shapes
+from optclip._core.types import AxisName, Radius, Shapes
 from optclip.projections.base import Set, as_it_is, bound_array, not_real
+from optclip.projections.radii import by_path
 
 Bound: TypeAlias = np.ndarray | jax.Array
 
@@ -57,7 +59,11 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Set:
     >>> print(optclip.project_params(weights, box(-1.0, 0.5))["w"])
     [-1.   0.2  0.5]
     """
-    return _interval(bound_array(lower=lower), bound_array(upper=upper))
+    low, high = bound_array(lower=lower), bound_array(upper=upper)
+    static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
+    if static and np.any(low > high):
+        raise error(f"lower must not be above upper, got {low} and {high}.")
+    return _interval(lambda path: (low, high))
 
 
 @public
@@ -78,18 +84,20 @@ def nonnegative() -> Set:
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), nonnegative()))
     [0.  0.2]
     """
-    return _interval(np.zeros(()), np.full((), np.inf))
+    ends = np.zeros(()), np.full((), np.inf)
+    return _interval(lambda path: ends)
 
 
 @public
-def linf_ball(radius: ArrayLike) -> Set:
+def linf_ball(radius: Radius) -> Set:
     """Elements whose magnitude is bounded.
 
         {x : |x_i| ≤ radius}
 
     Args:
       radius: a non-negative number of any type, or an array that broadcasts against
-        every leaf, in the units of the parameters.
+        every leaf, in the units of the parameters; or a tree of these, which may be a
+        prefix of the parameters.
 
     Returns:
       A set for `project`, `project_params` and `intersection`.
@@ -105,8 +113,8 @@ def linf_ball(radius: ArrayLike) -> Set:
     >>> print(optclip.project_params(jnp.array([-3.0, 0.2]), linf_ball(0.5)))
     [-0.5  0.2]
     """
-    reach = bound_array(checks.non_negative, radius=radius)
-    return _interval(-reach, reach)
+    reach_of = by_path(checks.non_negative, radius=radius)
+    return _interval(lambda path: (-(reach := reach_of(path)), reach))
 
 
 @public
@@ -152,7 +160,7 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise not_real(path)
 
-    def init(param: jax.Array) -> jax.Array:
+    def init(param: jax.Array, extent: None) -> jax.Array:
         x = param.astype(np.promote_types(param.dtype, np.float32))
         largest = jnp.max(jnp.abs(x))
         largest = meshes.remembering(largest, jnp.sum(jnp.square(x)))
@@ -183,15 +191,13 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
     return Set(extent, as_it_is, project, contains, init)
 
 
-def _interval(low: Bound, high: Bound) -> Set:
-    static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
-    if static and np.any(low > high):
-        raise error(f"lower must not be above upper, got {low} and {high}.")
-    inward = static_bound if static else bound_towards
-
+def _interval(ends_of: Callable[[str], tuple[Bound, Bound]]) -> Set:
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Interval:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise not_real(path)
+        low, high = ends_of(path)
+        static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
+        inward = static_bound if static else bound_towards
         ends = []
         for name, bound, toward in (("lower", low, np.inf), ("upper", high, -np.inf)):
             own = (1,) * (leaf.ndim - bound.ndim) + bound.shape

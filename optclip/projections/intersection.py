@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from optclip._core import checks, numerics
 from optclip._core.public import public
 from optclip._core.types import Shapes
-from optclip.projections.base import Set, as_it_is
+from optclip.projections.base import Set, as_it_is, joined
 
 Memory: TypeAlias = jax.Array | None
 Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -81,7 +81,7 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
         pairs = zip(arrays, others, strict=True)
         leaves = [other if array is None else array for array, other in pairs]
         in_a, in_b = jax.tree.unflatten(treedef, leaves)
-        own_a, own_b = split(x, memory)
+        own_a, own_b = split(x, (in_a, in_b), memory)
 
         def alternate(_: jax.Array, carry: Carry) -> Carry:
             w, p, q = carry
@@ -97,19 +97,25 @@ def intersection(a: Set, b: Set, *, iterations: int = 32) -> Set:
         return b.nearest(a.nearest(found.astype(x.dtype), in_a, own_a), in_b, own_b)
 
     def contains(x: jax.Array, extents: Both, memory: Memory) -> jax.Array:
-        own_a, own_b = split(x, memory)
+        own_a, own_b = split(x, extents, memory)
         in_a, in_b = a.holds(x, extents[0], own_a), b.holds(x, extents[1], own_b)
         return jnp.broadcast_to(in_a, x.shape) & jnp.broadcast_to(in_b, x.shape)
 
-    def init(param: jax.Array) -> jax.Array:
-        return jnp.concatenate([s.init(param) for s in (a, b) if s.init is not None])
+    def init(param: jax.Array, extents: Both) -> jax.Array:
+        pairs = zip((a, b), extents, strict=True)
+        return joined([s.init(param, own) for s, own in pairs if s.init is not None])
 
-    def split(x: jax.Array, memory: Memory) -> tuple[Memory, Memory]:
+    def split(x: jax.Array, extents: Both, memory: Memory) -> list[Memory]:
         """The memory of each set, None for one without."""
-        if memory is None or a.init is None:
-            return None, memory
-        width = jax.eval_shape(a.init, x).size
-        return memory[:width], None if b.init is None else memory[width:]
+        kept, start = [], 0
+        for s, own in zip((a, b), extents, strict=True):
+            part = None
+            if s.init is not None and memory is not None:
+                known = s.memory_like(x, own)
+                part = memory[start : start + known.size].astype(known.dtype)
+                start += known.size
+            kept.append(part)
+        return kept
 
     remembers = a.init is not None or b.init is not None
     return Set(extent, as_it_is, project, contains, init if remembers else None)

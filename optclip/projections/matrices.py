@@ -24,17 +24,17 @@ from optclip._core import checks, layouts, numerics
 from optclip._core.groupings import stack_of
 from optclip._core.public import public
 from optclip._core.rounding import bound_towards, power_of_two, rounded
-from optclip._core.types import Shapes, Stacked
+from optclip._core.types import Radius, Shapes, Stacked
 from optclip.projections import polar
 from optclip.projections.base import (
     Set,
     as_it_is,
-    bound_array,
     is_complex,
     not_real,
     require_whole,
     trailing,
 )
+from optclip.projections.radii import Sized, sized
 
 
 class Sides(NamedTuple):
@@ -43,10 +43,14 @@ class Sides(NamedTuple):
     rows: tuple[int, ...]
     columns: tuple[int, ...]
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.rows + self.columns
+
 
 @public
 def spectral_ball(
-    radius: ArrayLike = 1.0,
+    radius: Radius = 1.0,
     *,
     iterations: int | None = None,
     stacked: Stacked = None,
@@ -59,7 +63,9 @@ def spectral_ball(
     at most that times the root of its window's size.
 
     Args:
-      radius: a positive number of any type, in the units of the parameters.
+      radius: a positive number of any type, in the units of the parameters; an array
+        of one for each matrix, of the leaf's shape without the axes of a matrix or with
+        1 in their place; or a tree of these, which may be a prefix of the parameters.
       iterations: None for singular value decompositions, or how many Newton-Schulz
         steps to take instead. After k steps no singular value is off by more than
         ‖WᵀW / radius² - 1‖_F · 1.875^-k / 4 radii: 16 steps do inside a training run,
@@ -87,7 +93,8 @@ def spectral_ball(
 
     Raises:
       ValueError: if radius is not positive, or iterations not a positive integer; at
-        init, if a leaf is complex, or varies over a mesh axis inside `shard_map`.
+        init, if radius does not fit a leaf, or a leaf is complex or varies over a mesh
+        axis inside `shard_map`.
 
     Reference: Newhouse et al. 2025, https://arxiv.org/abs/2507.13338, who use other
     polynomials.
@@ -98,18 +105,19 @@ def spectral_ball(
     [[2.  0. ]
      [0.  0.5]]
     """
-    bound = bound_array(checks.positive, radius=radius)
-    checks.scalar(radius=radius)
     _check_iterations(iterations)
 
-    def project(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
-        return capped(x, sides, bound, iterations)[0]
+    def project(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
+        top = ball.bound(numerics.accumulation_dtype(x.dtype), x.ndim)
+        top, _ = trailing(top, *ball.extent)
+        return capped(x, ball.extent, top, iterations)[0]
 
-    def contains(x: jax.Array, sides: Sides, memory: None) -> jax.Array:
-        limit = bound_towards(bound, numerics.accumulation_dtype(x.dtype), 0.0)
-        return _largest(x, sides, lambda s: s, 0) <= limit
+    def contains(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
+        limit = ball.bound(numerics.accumulation_dtype(x.dtype), x.ndim)
+        return _largest(x, ball.extent, lambda s: s, 0) <= limit
 
-    return Set(_sides_of(stacked), as_it_is, project, contains)
+    extent = sized(_sides_of(stacked), checks.positive, radius=radius)
+    return Set(extent, as_it_is, project, contains)
 
 
 @public

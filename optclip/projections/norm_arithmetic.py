@@ -31,6 +31,7 @@ from optclip._core.groupings import Grouping, in_range, per_unit
 from optclip._core.rounding import bound_towards, power_of_two, rounded, rounded_towards
 from optclip._core.types import Axes
 from optclip.projections.base import Extent, Sum, bound_array
+from optclip.projections.radii import Sized
 
 MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
 Number = np.ndarray | jax.Array
@@ -76,20 +77,54 @@ def margin(dtype: DTypeLike, wide: DTypeLike) -> float:
     return MARGIN * float(jnp.finfo(wide).eps) + rounding
 
 
-def norm_near(radius: Number, inside: bool = False) -> Callable[[Sum, Extent], Norm]:
+def norm_of(
+    total: Sum, extent: Extent, about: ArrayLike = 1.0, inside: bool = False
+) -> Norm:
     """The norm of each group.
 
     Args:
-      radius: about how large norms are.
-      inside: whether a norm far below the radius need not be known, because nothing
-        happens there: it comes out as any number below the radius.
+      total: the array.
+      extent: over which axes groups extend.
+      about: about how large norms are.
+      inside: whether a norm far below that need not be known, because nothing happens
+        there: it comes out as any number below.
     """
+    wide = numerics.accumulation_dtype(*(term.dtype for term in total.terms))
+    return _norm(total, bound_towards(about, wide, 0.0), extent, inside)
 
-    def measure(total: Sum, extent: Extent) -> Norm:
-        wide = numerics.accumulation_dtype(*(term.dtype for term in total.terms))
-        return _norm(total, bound_towards(radius, wide, 0.0), extent, inside)
+
+class Goal(NamedTuple):
+    """What was measured beside what it should be, or at most be."""
+
+    norm: Norm
+    radius: jax.Array
+
+
+def beside_radius(inside: bool = False) -> Callable[[Sum, Sized], Goal]:
+    """The measure of sets of one radius; `inside` is that of `norm_of`."""
+
+    def measure(total: Sum, sized: Sized) -> Goal:
+        norm = norm_of(total, sized.extent, sized.size, inside)
+        return Goal(norm, bound_towards(sized.size, norm.value.dtype, 0.0))
 
     return measure
+
+
+def to_sphere(x: jax.Array, norm: Norm, radius: jax.Array) -> jax.Array:
+    """Gives each group the radius, except one that is at it to one unit in the last
+    place."""
+    stays = _spacings(x, norm, radius) <= 1
+    return scaled(x, norm, radius, stays, nearest=True)
+
+
+def on_sphere(x: jax.Array, norm: Norm, radius: jax.Array) -> jax.Array:
+    """Which groups have the radius, or no direction."""
+    return (_spacings(x, norm, radius) <= 4) | (norm.size == 0)
+
+
+def _spacings(x: jax.Array, norm: Norm, radius: jax.Array) -> jax.Array:
+    """How far the norm is from the radius, in units in the last place."""
+    return jnp.abs(norm.size - radius) / (float(jnp.finfo(x.dtype).eps) * radius)
 
 
 # Jitted, because eager code would compile the branches of `cond` at every call.

@@ -16,12 +16,12 @@ from optclip._core import checks
 from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards
 from optclip._core.types import Axes, AxisName
-from optclip.projections.base import Set, extent_of
+from optclip.projections.base import Extent, Set, Sum, extent_of
 from optclip.projections.norm_arithmetic import (
     Norm,
     checked_radius,
     margin,
-    norm_near,
+    norm_of,
     scaled,
     units,
 )
@@ -103,4 +103,7 @@ def norm_range(
         within = (size >= low * (1 - slack)) & (size <= high * (1 + slack))
         return within | (size == 0)
 
-    return Set(extent_of(units(axis), axis_name), norm_near(most), project, contains)
+    def measure(total: Sum, extent: Extent) -> Norm:
+        return norm_of(total, extent, most)
+
+    return Set(extent_of(units(axis), axis_name), measure, project, contains)

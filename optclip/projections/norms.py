@@ -10,27 +10,27 @@ scales; here is which norm each set wants.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-from jax.typing import ArrayLike
 
+from optclip._core import checks
 from optclip._core.groupings import Grouping, per_leaf
 from optclip._core.public import public
-from optclip._core.rounding import bound_towards
-from optclip._core.types import Axes, AxisName
+from optclip._core.types import Axes, AxisName, Radius
 from optclip.projections.base import Set, extent_of
 from optclip.projections.norm_arithmetic import (
-    Norm,
-    checked_radius,
+    Goal,
+    beside_radius,
     margin,
-    norm_near,
+    on_sphere,
     scaled,
+    to_sphere,
     units,
 )
+from optclip.projections.radii import sized
 
 
 @public
 def l2_ball(
-    radius: ArrayLike = 1.0,
+    radius: Radius = 1.0,
     *,
     grouping: Grouping = per_leaf(),
     axis_name: AxisName = None,
@@ -40,7 +40,10 @@ def l2_ball(
         {x : ‖x‖₂ ≤ radius}
 
     Args:
-      radius: a non-negative number of any type, in the units of the parameters.
+      radius: a non-negative number of any type, in the units of the parameters; an
+        array of one for each group, of the leaf's shape without the axes of its norms
+        or with 1 in their place; or a tree of these, which may be a prefix of the
+        parameters.
       grouping: what has a norm: `groupings.per_leaf()` (default), `per_unit()` or
         `per_element()`.
       axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over:
@@ -56,7 +59,8 @@ def l2_ball(
 
     Raises:
       ValueError: if radius is negative, NaN or not a number, or grouping joins leaves;
-        inside `shard_map`, if units are sharded and axis_name does not say how.
+        at init, if radius does not fit a leaf; inside `shard_map`, if units are sharded
+        and axis_name does not say how.
 
     >>> import jax.numpy as jnp, optclip
     >>> print(optclip.project_params(jnp.array([3.0, 4.0]), l2_ball(1.0)))
@@ -67,7 +71,7 @@ def l2_ball(
 
 @public
 def max_norm(
-    max_value: ArrayLike = 2.0,
+    max_value: Radius = 2.0,
     axis: Axes | None = None,
     *,
     axis_name: AxisName = None,
@@ -80,7 +84,10 @@ def max_norm(
     shrinks a unit at its bound by 1e-7; here it stays.
 
     Args:
-      max_value: a non-negative number of any type, in the units of the parameters.
+      max_value: a non-negative number of any type, in the units of the parameters;
+        an array of one for each unit, of the leaf's shape without the axes of the norm
+        or with 1 in their place; or a tree of these, which may be a prefix of the
+        parameters.
       axis: the axes over which a norm is taken, for every leaf. None takes the inputs
         of each output by the parameter's layout: Keras' `axis=0` for Dense, `[0, 1, 2]`
         for 2-D convolutions, heads and stacked layers apart; a bias or scale is one
@@ -95,8 +102,8 @@ def max_norm(
     infinity makes its whole unit NaN.
 
     Raises:
-      ValueError: if max_value is negative, NaN or not a number; at init, if a leaf
-        lacks an axis.
+      ValueError: if max_value is negative, NaN or not a number; at init, if it does not
+        fit a leaf, or a leaf lacks an axis.
 
     Reference: Keras' `MaxNorm`, https://keras.io/api/layers/constraints.
 
@@ -110,7 +117,7 @@ def max_norm(
 
 @public
 def norm_sphere(
-    radius: ArrayLike = 1.0,
+    radius: Radius = 1.0,
     *,
     grouping: Grouping = per_leaf(),
     axis_name: AxisName = None,
@@ -120,7 +127,10 @@ def norm_sphere(
         {x : ‖x‖₂ = radius}
 
     Args:
-      radius: a non-negative number of any type, in the units of the parameters.
+      radius: a non-negative number of any type, in the units of the parameters; an
+        array of one for each group, of the leaf's shape without the axes of its norms
+        or with 1 in their place; or a tree of these, which may be a prefix of the
+        parameters.
       grouping: what has a norm: `groupings.per_leaf()` (default), `per_unit()` or
         `per_element()`.
       axis_name: inside `shard_map` and `pmap`, the mesh axes that groups extend over;
@@ -135,7 +145,8 @@ def norm_sphere(
 
     Raises:
       ValueError: if radius is negative, NaN or not a number, or grouping joins leaves;
-        inside `shard_map`, if units are sharded and axis_name does not say how.
+        at init, if radius does not fit a leaf; inside `shard_map`, if units are sharded
+        and axis_name does not say how.
 
     >>> import jax.numpy as jnp, optclip
     >>> print(optclip.project_params(jnp.array([3.0, 4.0]), norm_sphere(10.0)))
@@ -177,35 +188,25 @@ def unit_norm(axis: Axes | None = None, *, axis_name: AxisName = None) -> Set:
     return _sphere(units(axis), axis_name, radius=1.0)
 
 
-def _ball(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
-    radius = checked_radius(**named)
+def _ball(grouping: Grouping, axis_name: AxisName, **named: Radius) -> Set:
+    def project(x: jax.Array, goal: Goal, memory: None) -> jax.Array:
+        norm, radius = goal
+        most = radius * (1 - margin(x.dtype, radius.dtype))
+        return scaled(x, norm, most, norm.size <= most)
 
-    def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
-        wide = norm.value.dtype
-        goal = bound_towards(radius, wide, 0.0) * (1 - margin(x.dtype, wide))
-        return scaled(x, norm, goal, norm.size <= goal)
+    def contains(x: jax.Array, goal: Goal, memory: None) -> jax.Array:
+        return goal.norm.size <= goal.radius
 
-    def contains(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
-        return norm.size <= bound_towards(radius, norm.value.dtype, 0.0)
-
-    extent = extent_of(grouping, axis_name)
-    return Set(extent, norm_near(radius, inside=True), project, contains)
+    extent = sized(extent_of(grouping, axis_name), checks.non_negative, **named)
+    return Set(extent, beside_radius(inside=True), project, contains)
 
 
-def _sphere(grouping: Grouping, axis_name: AxisName, **named: ArrayLike) -> Set:
-    radius = checked_radius(**named)
+def _sphere(grouping: Grouping, axis_name: AxisName, **named: Radius) -> Set:
+    def project(x: jax.Array, goal: Goal, memory: None) -> jax.Array:
+        return to_sphere(x, *goal)
 
-    def off(x: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The goal, and how far the norm is from it, in units in the last place."""
-        goal = bound_towards(radius, size.dtype, 0.0)
-        return goal, jnp.abs(size - goal) / (float(jnp.finfo(x.dtype).eps) * goal)
+    def contains(x: jax.Array, goal: Goal, memory: None) -> jax.Array:
+        return on_sphere(x, *goal)
 
-    def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
-        goal, spacings = off(x, norm.size)
-        return scaled(x, norm, goal, spacings <= 1, nearest=True)
-
-    def contains(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
-        return (off(x, norm.size)[1] <= 4) | (norm.size == 0)
-
-    extent = extent_of(grouping, axis_name)
-    return Set(extent, norm_near(radius), project, contains)
+    extent = sized(extent_of(grouping, axis_name), checks.non_negative, **named)
+    return Set(extent, beside_radius(), project, contains)

@@ -10,6 +10,7 @@ the parameters and the constraint, so that trees which name their leaves differe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,12 +22,14 @@ from jax.typing import ArrayLike
 from optclip._core import checks, numerics, paths
 from optclip._core.public import error, public
 from optclip._core.types import Shapes, Tree, Where
-from optclip.projections.base import Set, Sum
+from optclip.projections.base import Set, Sum, joined
 from optclip.projections.landing import applied, steered
 
 Constraint: TypeAlias = Set | Tree
 Memory: TypeAlias = jax.Array | tuple[()]
 Chosen: TypeAlias = Callable[[str, jax.Array, Shapes], bool]
+SetOf: TypeAlias = Callable[[str], Set]
+Resize: TypeAlias = Callable[["Member", jax.Array, Any], jax.Array]
 
 
 class ProjectState(NamedTuple):
@@ -35,10 +38,12 @@ class ProjectState(NamedTuple):
     Attributes:
       steps: how many there were, int32; () with `every=1`.
       memory: what sets remember of the start, one vector; () for sets without memory.
+      apart: what they remember in arrays of a leaf's rank, by the order of leaves.
     """
 
     steps: ArrayLike | tuple[()]
     memory: Memory
+    apart: tuple[jax.Array, ...] = ()
 
 
 @public
@@ -100,17 +105,20 @@ def projecting(
     """The transformation, for every public function that makes one."""
     set_of = sets_by_path(constraint)
     checks.at_least(1, every=every)
+    projected = functools.partial(landed, set_of, chosen)
 
     def init(params: optax.Params) -> ProjectState:
         kept = [
-            _remembered(member.set.init, member.leaf)
-            for member in members(params, set_of, chosen)
-            if member.set.init is not None
+            own.set.remembered(own.leaf, own.extent)
+            for own in members(params, set_of, chosen)
         ]
+        apart = tuple(part for part in kept if part is not None and part.ndim != 1)
         memory: Memory = ()
         if remembers(constraint):  # of an empty tree as well
-            memory = jnp.concatenate(kept) if kept else jnp.zeros((1,), jnp.float32)
-        return ProjectState(jnp.zeros((), jnp.int32) if every > 1 else (), memory)
+            vectors = [part for part in kept if part is not None and part.ndim == 1]
+            memory = joined(vectors or [jnp.zeros((1,), jnp.float32)])
+        steps = jnp.zeros((), jnp.int32) if every > 1 else ()
+        return ProjectState(steps, memory, apart)
 
     def update(
         updates: optax.Updates,
@@ -123,49 +131,67 @@ def projecting(
             raise error("params must be given to update, got None.")
         state = init(params) if state is None else state
         if every == 1:
-            return projected(updates, state.memory, params), state
+            return projected(updates, state, params), state
         steps = jnp.asarray(optax.safe_increment(state.steps))
+        state = state._replace(steps=steps)
         updates = jax.lax.cond(
-            steps % every == 0,
-            projected,
-            _unchanged,
-            *(updates, state.memory, params),
+            steps % every == 0, projected, _unchanged, *(updates, state, params)
         )
-        return updates, ProjectState(steps, state.memory)
-
-    def projected(
-        updates: optax.Updates, memory: Memory, params: optax.Params
-    ) -> optax.Updates:
-        flat, treedef = jax.tree_util.tree_flatten(updates)
-        index = None  # the same leaves in both trees
-        if treedef != jax.tree_util.tree_structure(params):
-            index = {path: n for n, (path, _) in enumerate(paths.leaves(updates))}
-        start = 0
-        for member in members(params, set_of, chosen):
-            own = None
-            if member.set.init is not None:
-                width = jax.eval_shape(member.set.init, member.leaf).size
-                own, start = memory[start : start + width], start + width
-            number = member.index if index is None else index.get(member.path)
-            if number is None or not numerics.is_measured(flat[number]):
-                continue  # a frozen parameter has no update, or MaskedNode for one
-            p, u = member.leaf, jnp.asarray(flat[number])
-            if p.shape != u.shape:
-                raise error(
-                    f"params must have the shapes of updates, got {p.shape} for "
-                    f"{u.shape} at {member.path!r}."
-                )
-            measured = member.set.measure(Sum((p, u)), member.extent)
-            u, y = applied(p, u)
-            q = member.set.project(y, measured, own)
-            flat[number] = steered(p, u, y, q)
-        return jax.tree_util.tree_unflatten(treedef, flat)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def landed(
+    set_of: SetOf,
+    chosen: Chosen,
+    updates: optax.Updates,
+    state: ProjectState,
+    params: optax.Params,
+    resize: Resize | None = None,
+) -> optax.Updates:
+    """The updates that land.
+
+    Args:
+      set_of, chosen: the set of each leaf, and whether it is projected.
+      updates, state, params: as `update` has them.
+      resize: what becomes of an update before it is projected, from the leaf, the
+        update and what the set remembers of the leaf.
+    """
+    flat, treedef = jax.tree_util.tree_flatten(updates)
+    index = None  # the same leaves in both trees
+    if treedef != jax.tree_util.tree_structure(params):
+        index = {path: n for n, (path, _) in enumerate(paths.leaves(updates))}
+    start, apart = 0, iter(state.apart)
+    for member in members(params, set_of, chosen):
+        own = None
+        if member.set.init is not None:
+            known = member.set.memory_like(member.leaf, member.extent)
+            if known.ndim == 1:
+                vector = jnp.asarray(state.memory)
+                own = vector[start : start + known.size].astype(known.dtype)
+                start += known.size
+            else:
+                own = next(apart)
+        number = member.index if index is None else index.get(member.path)
+        if number is None or not numerics.is_measured(flat[number]):
+            continue  # a frozen parameter has no update, or MaskedNode for one
+        p, u = member.leaf, jnp.asarray(flat[number])
+        if p.shape != u.shape:
+            raise error(
+                f"params must have the shapes of updates, got {p.shape} for "
+                f"{u.shape} at {member.path!r}."
+            )
+        u = u if resize is None else resize(member, u, own)
+        measured = member.set.measure(Sum((p, u)), member.extent)
+        u, y = applied(p, u)
+        q = member.set.project(y, measured, own)
+        flat[number] = steered(p, u, y, q)
+    return jax.tree_util.tree_unflatten(treedef, flat)
+
+
 def _unchanged(
-    updates: optax.Updates, memory: Memory, params: optax.Params
+    updates: optax.Updates, state: ProjectState, params: optax.Params
 ) -> optax.Updates:
     return updates
 
@@ -180,7 +206,7 @@ class Member(NamedTuple):
     extent: Any
 
 
-def members(params: Tree, set_of: Callable[[str], Set], chosen: Chosen) -> list[Member]:
+def members(params: Tree, set_of: SetOf, chosen: Chosen) -> list[Member]:
     """The leaves that are projected."""
     abstract = jax.ShapeDtypeStruct  # `init` takes these as well
     leaves: list[tuple[int, str, Any]] = [
@@ -200,7 +226,7 @@ def members(params: Tree, set_of: Callable[[str], Set], chosen: Chosen) -> list[
     return found
 
 
-def sets_by_path(constraint: Constraint) -> Callable[[str], Set]:
+def sets_by_path(constraint: Constraint) -> SetOf:
     """The set of each path."""
     if isinstance(constraint, Set):
         return lambda path: constraint
@@ -238,14 +264,6 @@ def chosen_by(where: Where | None) -> Chosen:
         return lambda path, leaf, shapes: True
     selects = paths.selector(where)
     return lambda path, leaf, shapes: selects(path, leaf)
-
-
-def _remembered(init: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
-    """The memory of a leaf; NaN for an abstract one, of which nothing is known."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return init(leaf)
-    kept = jax.eval_shape(init, leaf)
-    return jnp.full(kept.shape, jnp.nan, kept.dtype)
 
 
 def _short(value: object) -> str:

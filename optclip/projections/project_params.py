@@ -63,7 +63,7 @@ def project_params(
         return params
     flat, treedef = jax.tree_util.tree_flatten(params)
     for member in members(params, set_of, chosen_by(where)):
-        memory = None if member.set.init is None else member.set.init(member.leaf)
+        memory = member.set.remembered(member.leaf, member.extent)
         if strict and not jnp.all(member.set.holds(member.leaf, member.extent, memory)):
             raise error(
                 f"params must lie in their set, got {member.path!r} outside of "

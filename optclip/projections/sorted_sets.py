@@ -20,7 +20,7 @@ from optclip._core import checks, numerics
 from optclip._core.groupings import Grouping, per_leaf
 from optclip._core.public import public
 from optclip._core.rounding import bound_towards, rounded, rounded_towards
-from optclip._core.types import Shapes
+from optclip._core.types import Radius, Shapes
 from optclip.projections.base import (
     Extent,
     ExtentOf,
@@ -33,11 +33,12 @@ from optclip.projections.base import (
     require_whole,
     trailing,
 )
+from optclip.projections.radii import Sized, sized
 
 
 @public
 def l1_ball(
-    radius: ArrayLike = 1.0,
+    radius: Radius = 1.0,
     *,
     grouping: Grouping = per_leaf(),
 ) -> Set:
@@ -46,7 +47,10 @@ def l1_ball(
         {x : Σ|x_i| ≤ radius}
 
     Args:
-      radius: a non-negative number of any type, in the units of the parameters.
+      radius: a non-negative number of any type, in the units of the parameters; an
+        array of one for each group, of the leaf's shape without the axes of its sums
+        or with 1 in their place; or a tree of these, which may be a prefix of the
+        parameters.
       grouping: what has a sum: `groupings.per_leaf()` (default) or `per_unit()`.
 
     Returns:
@@ -64,7 +68,8 @@ def l1_ball(
 
     Raises:
       ValueError: if radius is negative, NaN or not a number, or grouping joins leaves;
-        at init, if a leaf is complex, or varies over a mesh axis inside `shard_map`.
+        at init, if radius does not fit a leaf, or a leaf is complex or varies over a
+        mesh axis inside `shard_map`.
 
     Reference: Duchi, Shalev-Shwartz, Singer, Chandra 2008,
     https://dl.acm.org/doi/10.1145/1390156.1390191.
@@ -74,24 +79,23 @@ def l1_ball(
     >>> print(optclip.project_params(x, l1_ball(2.0)).round(5))
     [ 0.  -0.5  1.5]
     """
-    bound = bound_array(checks.non_negative, radius=radius)
-    checks.scalar(radius=radius)
 
-    def project(x: jax.Array, extent: Extent, memory: None) -> jax.Array:
-        w, undo = _rows(x, extent)
-        goal = bound_towards(bound, w.dtype, 0.0)
+    def project(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
+        w, undo = _rows(x, ball.extent)
+        goal, _ = trailing(ball.bound(w.dtype, x.ndim), ball.extent.axes)
         goal = goal * (1 - 2 * float(jnp.finfo(w.dtype).eps))
         nearest = jnp.sign(w) * _with_sum(jnp.abs(w), goal)
         inward = rounded_towards(nearest, x.dtype, nearest < 0)
         inside = jnp.sum(jnp.abs(w), axis=-1, keepdims=True) <= goal
         return undo(jnp.where(inside, w, inward)).astype(x.dtype)
 
-    def contains(x: jax.Array, extent: Extent, memory: None) -> jax.Array:
+    def contains(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
         w = x.astype(numerics.accumulation_dtype(x.dtype))
-        total = jnp.sum(jnp.abs(w), extent.axes, keepdims=True)
-        return total <= bound_towards(bound, w.dtype, 0.0)
+        total = jnp.sum(jnp.abs(w), ball.extent.axes, keepdims=True)
+        return total <= ball.bound(w.dtype, x.ndim)
 
-    return Set(_extent(grouping), as_it_is, project, contains)
+    extent = sized(_extent(grouping), checks.non_negative, radius=radius)
+    return Set(extent, as_it_is, project, contains)
 
 
 @public
