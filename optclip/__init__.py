@@ -40,6 +40,7 @@ Parameters that stay in a set:
     project                       ends a chain: parameters stay in a set after each step
     project_params                the nearest parameters in a set, at once
     clip_weights                  WGAN weight clipping
+    hyperball                     wraps an optimizer; matrices keep their first norm
     qk_clip                       MuonClip: bounds attention logits
     record_max_logits             records the logits that qk_clip needs, in Flax
     sets                          the sets: box, max_norm, simplex, spectral_ball, ...
@@ -76,6 +77,7 @@ Types, to annotate and to read:
     SkipState                     the state of skip_step
     SkipMetrics                   the counters in it
     ProjectState                  the state of project
+    HyperballState                the state of hyperball
     Adopted                       what adopt_state returns
     Advice                        what suggest returns
     Replay                        what replay returns for each rule
@@ -111,6 +113,7 @@ from optclip.clipping.rules.skip_step import SkipState, skip_step
 from optclip.clipping.rules.spike_clip import spike_clip
 from optclip.clipping.rules.values import clip, clip_by_value
 from optclip.clipping.rules.zclip import zclip
+from optclip.hyperball import HyperballState, hyperball
 from optclip.insight.adopt_state import Adopted, adopt_state
 from optclip.insight.explain import explain
 from optclip.insight.history import History, history
@@ -131,6 +134,7 @@ __all__ = [
     "ClipMetrics",
     "ClipState",
     "History",
+    "HyperballState",
     "ProjectState",
     "RecordedClipState",
     "RecorderState",
@@ -155,6 +159,7 @@ __all__ = [
     "global_norm",
     "groupings",
     "history",
+    "hyperball",
     "initializers",
     "leaf_norms",
     "mask",
