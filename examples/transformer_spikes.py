@@ -99,13 +99,13 @@ class Run(NamedTuple):
 class Block(nnx.Module):
     """Causal attention and a GELU layer, each behind an RMS norm, without biases."""
 
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, rngs: nnx.Rngs, width: int):
         plain = {"use_bias": False, "rngs": rngs}
-        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, **plain)
-        up, down = (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, width, decode=False, **plain)
+        up, down = (width, 4 * width), (4 * width, width)
         layers = nnx.Linear(*up, **plain), nnx.gelu, nnx.Linear(*down, **plain)
-        self.mlp = nnx.Sequential(nnx.RMSNorm(WIDTH, rngs=rngs), *layers)
+        self.mlp = nnx.Sequential(nnx.RMSNorm(width, rngs=rngs), *layers)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm(x), mask=mask)
@@ -115,12 +115,12 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The logits of the byte after each byte."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.token = nnx.Embed(ALPHABET, WIDTH, rngs=rngs)
-        self.position = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = LayerList([Block(rngs) for _ in range(LAYERS)])
-        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, ALPHABET, use_bias=False, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, width: int = WIDTH):
+        self.token = nnx.Embed(ALPHABET, width, rngs=rngs)
+        self.position = nnx.Embed(CONTEXT, width, rngs=rngs)
+        self.blocks = LayerList([Block(rngs, width) for _ in range(LAYERS)])
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, ALPHABET, use_bias=False, rngs=rngs)
 
     def __call__(self, text: jax.Array) -> jax.Array:
         x = self.token(text) + self.position(jnp.arange(text.shape[-1]))
