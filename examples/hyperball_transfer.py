@@ -50,7 +50,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "adamw": Method(adamw, (0.0025, 0.01, 0.04)),
+    "adamw": Method(adamw, (0.004, 0.016, 0.064)),
     "hyperball": Method(hyperball, (0.005, 0.02, 0.08)),
 }
 
@@ -160,7 +160,8 @@ def print_report(found: dict[tuple[str, int, float], Summary], seeds: int) -> No
         )
         for end, rate in (("smallest", method.rates[0]), ("largest", method.rates[-1])):
             costs = [f"{at(w, rate) - at(w, best[w]):+.3f}" for w in widths]
-            listed = ", ".join(f"{c} at {w}" for c, w in zip(costs, widths, strict=True))
+            pairs = zip(costs, widths, strict=True)
+            listed = ", ".join(f"{cost} at {width}" for cost, width in pairs)
             print(f"  the {end} rate instead of the best costs {listed}")
 
 
@@ -194,9 +195,9 @@ def main() -> None:
     options.add_argument("--widths", type=int, nargs=2)
     options.add_argument("--output", type=pathlib.Path, default=output)
     chosen = options.parse_args()
-    steps = chosen.steps or (60 if chosen.quick else 400)
+    steps = chosen.steps or (60 if chosen.quick else 300)
     seeds = chosen.seeds or (2 if chosen.quick else 3)
-    widths = chosen.widths or ([16, 32] if chosen.quick else [32, 128])
+    widths = chosen.widths or ([8, 16] if chosen.quick else [16, 64])
 
     start, runs = time.perf_counter(), []
     count = len(widths) * seeds * sum(len(m.rates) for m in METHODS.values())

@@ -317,7 +317,7 @@ def test_more_eager_updates_lower_nothing(row: Row | Constraint, quick_compiles:
         tx = row.build(2.0)
         shapes = trees.BATCHED if row.batched else trees.SHAPES
     else:
-        tx, shapes = optclip.project(row.make(2.0)), trees.SHAPES
+        tx, shapes = row.transform(2.0), trees.SHAPES
     params = {path: jnp.ones(shape) for path, shape in shapes.items()}
     small = {path: jnp.full(shape, 0.01) for path, shape in shapes.items()}
     large = {path: jnp.full(shape, 100.0) for path, shape in shapes.items()}

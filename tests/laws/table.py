@@ -428,6 +428,8 @@ class Constraint(NamedTuple):
       mapped: whether it works inside `shard_map`, or the reason not.
       digits: whether each entry keeps its digits however XLA orders the sums, or the
         reason why only those beside a matrix's largest entry do.
+      around: size to the transform that lands there, if it is not `project`.
+      apart: whether it remembers an array a leaf, so that its state depends on them.
     """
 
     name: str
@@ -441,13 +443,34 @@ class Constraint(NamedTuple):
     fuses: bool | str = True
     mapped: bool | str = True
     digits: bool | str = True
+    around: Callable[[Any], optax.GradientTransformationExtraArgs] | None = None
+    apart: bool = False
+
+    def transform(self, size: Any) -> optax.GradientTransformationExtraArgs:
+        """What lands in the set."""
+        if self.around is not None:
+            return self.around(size)
+        return optclip.project(self.make(size))
 
 
 SORTS = "it sorts"
 FACTORISES = "it factorises matrices"
 MULTIPLIES = "products of matrices are rounded beside their largest entries"
 WHOLE = "points in parts cannot be joined by a sum"
+SIZES = "it writes updates in their new size before it measures where they lead"
 sets = optclip.sets
+
+
+def hyperball_of(**options: Any) -> Callable[[Any], Any]:
+    """Around an optimizer that does nothing, on every leaf as one group."""
+    return lambda rate: optclip.hyperball(
+        optax.identity(),
+        rate,
+        grouping=groupings.per_leaf(),
+        where=optclip.everything,
+        **options,
+    )
+
 
 PROJECTIONS = [
     Constraint(
@@ -501,6 +524,43 @@ PROJECTIONS = [
     ),
     Constraint(
         "norm_sphere", sets.norm_sphere, "norm_sphere", "radius", "leaf", "near"
+    ),
+    Constraint(
+        "init_sphere",
+        lambda size: sets.init_sphere(),
+        "init_sphere",
+        None,
+        "leaf",
+        "near",
+    ),
+    Constraint(
+        "init_sphere-per_unit",
+        lambda size: sets.init_sphere(groupings.per_unit()),
+        "init_sphere",
+        None,
+        "unit",
+        "near",
+        apart=True,
+    ),
+    Constraint(
+        "hyperball",
+        lambda size: sets.init_sphere(),
+        "hyperball",
+        "rate",
+        "leaf",
+        "near",
+        fuses=SIZES,
+        around=hyperball_of(),
+    ),
+    Constraint(
+        "hyperball-tangent",
+        lambda size: sets.init_sphere(),
+        "hyperball",
+        "rate",
+        "leaf",
+        "near",
+        fuses=SIZES,
+        around=hyperball_of(tangent=True),
     ),
     Constraint(
         "unit_norm", lambda size: sets.unit_norm(), "unit_norm", None, "unit", "near"

@@ -169,7 +169,7 @@ def test_projections_keep_no_temporary_copy(row: Constraint, dtype: jnp.dtype):
         # Squares of the sum: one float32 copy for bfloat16, 2 % for float32.
         pytest.skip("XLA:CPU of jax 0.7.0 does not fuse a sum into its reduction")
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
-    tx = optclip.project(row.make(1.0))
+    tx = row.transform(1.0)
     state = jax.eval_shape(tx.init, grads)
     memory = jax.jit(tx.update).lower(grads, state, grads).compile().memory_analysis()
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in grads.values())

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-import optclip
 from tests.laws import trees
 from tests.laws.table import projections, rows
 from tests.laws.trees import Case, combinations
@@ -202,7 +201,7 @@ def test_projections(row):
         "b": {"kernel": jnp.ones((2, 5), jnp.float16), "temperature": jnp.ones(())},
         "rest": rest,
     }
-    tx = optclip.project(row.make(0.5))
+    tx = row.transform(0.5)
     state = tx.init(params)
     out, after = jax.jit(tx.update)(params, state, params)
     assert_same(out["rest"], rest)

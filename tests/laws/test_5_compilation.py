@@ -452,7 +452,7 @@ SETS = pytest.mark.parametrize("row", projections())
 def projected(name):
     """The set, its transform, and what it gives after the third step of the stream."""
     (row,) = (p.values[0] for p in projections(name=name))
-    tx = untyped(optclip.project(row.make(0.75)))
+    tx = untyped(row.transform(0.75))
     return tx, jax.jit(tx.update)(STREAM[2], tx.init(PARAMS), PARAMS)[0]
 
 
@@ -483,7 +483,7 @@ def test_projections_compile_once_and_scan(row):
     assert_within_ulps(step(scanned, 2), want)
 
     def sized(size):
-        own = optclip.project(row.make(size))
+        own = row.transform(size)
         return own.update(STREAM[2], own.init(PARAMS), PARAMS)[0]
 
     outs = jax.jit(jax.vmap(sized))(jnp.array([0.25, 0.75]))

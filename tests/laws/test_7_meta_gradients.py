@@ -163,7 +163,7 @@ def test_projections(row):
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1, 2))
     def gradient(params, updates, size):
-        tx = optclip.project(row.make(size))
+        tx = row.transform(size)
         updates, _ = tx.update(updates, tx.init(params), params)
         return jnp.sum(jnp.sin(untyped(optax.apply_updates(params, updates))))
 

@@ -936,9 +936,7 @@ def _parameters():
     return params, jax.tree.map(lambda x: -0.3 * x[::-1], params)
 
 
-def _projected(constraint):
-    tx = optclip.project(constraint)
-
+def _projected(tx):
     def step(params, updates):
         updates, _ = tx.update(updates, tx.init(params), params)
         return jax.tree.map(jnp.add, params, updates)
@@ -949,7 +947,7 @@ def _projected(constraint):
 @functools.cache
 def _unsharded_set(name):
     (row,) = (param.values[0] for param in projections(name=name))
-    return jax.jit(_projected(row.make(LIMIT)))(*_parameters())
+    return jax.jit(_projected(row.transform(LIMIT)))(*_parameters())
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
@@ -959,7 +957,7 @@ def test_projections_jitted_on_a_mesh(row, axis_type):
     mesh = _mesh(axis_type=axis_type)
     arguments = (_placed(tree, SET_SPECS, mesh) for tree in _parameters())
     with on_mesh(mesh):
-        out = jax.jit(_projected(row.make(LIMIT)))(*arguments)
+        out = jax.jit(_projected(row.transform(LIMIT)))(*arguments)
     chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
 
     def same_sharding(path, one, spec):
@@ -974,7 +972,7 @@ def test_projections_jitted_on_a_mesh(row, axis_type):
 )
 def test_projections_in_shard_map(row):
     """Norms of leaves are summed over the axes that each leaf varies over."""
-    step = _projected(row.make(LIMIT))
+    step = _projected(row.transform(LIMIT))
     mapped = _manual(step, (SET_SPECS, SET_SPECS), SET_SPECS, (4, 2))
     out = mapped(*_parameters())
     chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
@@ -985,23 +983,25 @@ def test_units_in_shard_map_extend_over_the_axes_that_the_user_names(make):
     """Rows split over `data`: a column's norm is summed over it; and without a name?"""
     # Two rows a device: of one row, a unit would be all of it.
     params, updates = {"kernel": _normal(16, 8)}, {"kernel": -_normal(16, 8)[::-1]}
-    want = jax.jit(_projected(make()))(params, updates)
+    want = jax.jit(_projected(optclip.project(make())))(params, updates)
     for spec, name in ((P("data"), "data"), (P(None, "data"), ())):
-        step = _projected(make(axis_name=name))
+        step = _projected(optclip.project(make(axis_name=name)))
         shape = (4,) if name == () else (8,)
         out = _manual(step, (spec, spec), spec, shape)(params, updates)
         chex.assert_trees_all_close(out, want, rtol=1e-5, atol=1e-6)
     with pytest.raises(
         ValueError, match=r"axis_name must say .* got None for 'kernel'"
     ):
-        _manual(_projected(make()), (P("data"), P("data")), P("data"))(params, updates)
+        _manual(_projected(optclip.project(make())), (P("data"), P("data")), P("data"))(
+            params, updates
+        )
 
 
 @pytest.mark.parametrize(
     "row", projections(mapped="points in parts cannot be joined by a sum")
 )
 def test_sets_that_need_whole_leaves_say_so_in_shard_map(row):
-    step = _projected(row.make(LIMIT))
+    step = _projected(row.transform(LIMIT))
     with pytest.raises(ValueError, match=r"must be whole on each device, got 'kernel'"):
         params = {"kernel": _normal(8, 8)}
         _manual(step, (P("data"), P("data")), P("data"))(params, params)

@@ -26,6 +26,21 @@ def norm_sphere(x: np.ndarray, radius: float) -> np.ndarray:
     return x if size == 0 else x * (radius / size)
 
 
+def hyperball(
+    w: np.ndarray,
+    u: np.ndarray,
+    rate: float,
+    tangent: bool = False,
+    radius: float = 0.0,
+) -> np.ndarray:
+    """Where a step of a fixed relative size leads, on the sphere of w or of a radius."""
+    radius = radius or np.sqrt(np.sum(np.abs(w) ** 2))
+    if tangent:
+        share = np.sum((u * np.conj(w)).real) / np.sum(np.abs(w) ** 2)
+        u = u - share * w
+    return norm_sphere(w + norm_sphere(u, rate * radius), radius)
+
+
 def norm_range(x: np.ndarray, low: float, high: float, rate: float = 1.0) -> np.ndarray:
     """Keras' MinMaxNorm, without its 1e-7."""
     size = np.sqrt(np.sum(np.abs(x) ** 2))

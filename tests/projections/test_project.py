@@ -204,7 +204,7 @@ def test_abstract_leaves_are_enough_for_init():
         optclip.project(sets.orthogonal(), "kernel"),
         optclip.clip_weights(),
         optclip.qk_clip(),
-        *(optclip.project(row.make(1.0)) for row in PROJECTIONS),
+        *(row.transform(1.0) for row in PROJECTIONS),
     ):
         known, from_shapes = tx.init(params), tx.init(abstract)
         assert jax.tree.structure(known) == jax.tree.structure(from_shapes)
