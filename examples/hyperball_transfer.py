@@ -127,8 +127,8 @@ def summarized(runs: list[Run]) -> dict[tuple[str, int, float], Summary]:
         same = [other for other in runs if other[:3] == place]
         losses = [other.validation for other in same]
         deviation = np.std(losses, ddof=1) if len(losses) > 1 else np.nan
-        mean_norm = np.mean([other.norm for other in same])
-        found[place] = Summary(np.mean(losses), deviation, mean_norm)
+        norm = np.mean([other.norm for other in same])
+        found[place] = Summary(*map(float, (np.mean(losses), deviation, norm)))
     return found
 
 

@@ -167,9 +167,7 @@ def is_matrix(path: str, leaf: jax.Array, shapes: Shapes) -> bool:
     return leaf.ndim > 1 and bool(layouts.layout(path, shapes, unnamed="io").outputs)
 
 
-def along_sphere(
-    u: jax.Array, w: jax.Array, extent: Extent
-) -> tuple[jax.Array, float]:
+def along_sphere(u: jax.Array, w: jax.Array, extent: Extent) -> tuple[jax.Array, float]:
     """The direction of u without its part along w, and what norm is mere rounding.
 
     In float32 or wider, of norm 1 or less.

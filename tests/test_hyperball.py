@@ -11,12 +11,15 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import optclip
-from optclip import groupings, sets
+import optclip as typed
 from tests.laws.trees import on_mesh
 from tests.oracles import projections as oracle
 from tests.untyped import untyped
 
+# States and updates have the type of any tree, in which nothing could be read.
+optclip = untyped(typed)
+groupings, sets = optclip.groupings, optclip.sets
+apply = untyped(optax.apply_updates)
 RATE = 0.02
 ULP = 2.0**-23
 
@@ -61,7 +64,7 @@ def test_each_matrix_of_a_stack_moves_by_the_rate_and_stays_on_its_sphere():
     tx = optclip.hyperball(optax.sgd(0.5), RATE)
     state = tx.init(params)
     updates, state = jax.jit(tx.update)(grads, state, params)
-    after = optax.apply_updates(params, updates)
+    after = apply(params, updates)
     for old, new, g in zip(*map(matrices, (params, after, grads)), strict=True):
         flat = [np.asarray(x, "d").reshape(-1, *x.shape[-2:]) for x in (old, g, new)]
         for w, direction, got in zip(*flat, strict=True):
@@ -85,13 +88,13 @@ def test_adam_over_hundreds_of_steps_equals_numpy(tangent):
     def step(carry, g):
         params, state = carry
         updates, state = tx.update({"w": g}, state, params)
-        return (optax.apply_updates(params, updates), state), ()
+        return (apply(params, updates), state), ()
 
     start = {"w": w}, tx.init({"w": w})
     (after, state), _ = jax.jit(lambda: jax.lax.scan(step, start, grads))()
     assert state.steps == 200
     x, m, v = np.asarray(w, "d"), np.zeros((6, 5)), np.zeros((6, 5))
-    radius = np.linalg.norm(x)
+    radius = float(np.linalg.norm(x))
     for t, g in enumerate(np.asarray(grads, "d")):
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         u = -m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.99 ** (t + 1))) + 1e-8)
@@ -104,13 +107,13 @@ def test_adam_over_hundreds_of_steps_equals_numpy(tangent):
 def test_muon_keeps_norms_and_steps():
     """MuonH: orthogonal updates for matrices, Adam for the rest."""
     params = {"w": normal(6, 5), "b": jnp.zeros(5)}
-    muon = optax.contrib.muon(1e-2)
+    muon = untyped(optax.contrib.muon(1e-2))
     tx = optclip.hyperball(muon, RATE, tangent=True)
     grads = {"w": normal(6, 5, seed=1), "b": jnp.ones(5)}
     updates, _ = tx.update(grads, tx.init(params), params)
     alone, _ = muon.update(grads, muon.init(params), params)
     np.testing.assert_array_equal(updates["b"], alone["b"])
-    after = optax.apply_updates(params, updates)
+    after = apply(params, updates)
     assert abs(norms(after["w"]) / norms(params["w"]) - 1) < 4 * ULP
     want = oracle.hyperball(
         np.asarray(params["w"], "d"), np.asarray(alone["w"], "d"), RATE, True
@@ -167,7 +170,7 @@ def test_a_matrix_that_starts_at_zero_is_the_optimizers_own():
     for _ in range(2):
         updates, state = update(grads, state, params)
         np.testing.assert_allclose(updates["a"], -0.1 * grads["a"], rtol=ULP)
-        params = optax.apply_updates(params, updates)
+        params = apply(params, updates)
     np.testing.assert_allclose(norms(params["w"]), norms(normal(2, 3)), rtol=4 * ULP)
 
 
@@ -199,7 +202,7 @@ def test_groups_and_leaves_are_chosen():
     np.testing.assert_array_equal(updates["out"]["kernel"], -grads["out"]["kernel"])
     w, after = (
         np.swapaxes(np.asarray(x["query"]["kernel"], "d"), 0, 1)
-        for x in (params, optax.apply_updates(params, updates))
+        for x in (params, apply(params, updates))
     )
     np.testing.assert_allclose(norms(after), norms(w), rtol=4 * ULP)
     g = np.swapaxes(np.asarray(grads["query"]["kernel"], "d"), 0, 1)
@@ -278,7 +281,7 @@ def test_an_nnx_optimizer_donated(sharded):
     state = tx.init(params)
     for seed in (1, 2):
         updates, state = jax.jit(tx.update)(tree(seed), state, params)
-        params = optax.apply_updates(params, updates)
+        params = apply(params, updates)
     for name, want in untyped(params).items():
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6)
 
@@ -400,7 +403,7 @@ def test_norms_do_not_drift_in_bfloat16(around):
         noise = jax.tree.map(lambda w: jax.random.normal(key, w.shape, w.dtype), params)
         grads = jax.tree.map(lambda w, n: n - w, params, noise)  # outward, too
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params = apply(params, updates)
         return (params, state, jnp.maximum(worst, off(params))), ()
 
     start = params, tx.init(params), jnp.zeros(4)
@@ -412,19 +415,32 @@ def test_norms_do_not_drift_in_bfloat16(around):
 
 # Nonsense.
 
+SGD = optax.sgd(1.0)
+SQUARE = {"w": jnp.ones((2, 2))}
+NONSENSE = {
+    "optimizer must be an optimizer, got 0.1.": (
+        lambda: optclip.hyperball(untyped(0.1), 0.1)
+    ),
+    "rate must be a non-negative number, array or schedule, got [0.1].": (
+        lambda: optclip.hyperball(SGD, untyped([0.1]))
+    ),
+    "grouping must lie within leaves": (
+        lambda: optclip.hyperball(SGD, 0.1, grouping=groupings.whole())
+    ),
+    "where must select a leaf, got none of 'b'.": (
+        lambda: optclip.hyperball(SGD, 0.1).init({"b": jnp.ones(3)})
+    ),
+    "params must be given to update, got None.": (
+        lambda: optclip.hyperball(SGD, 0.1).update(SQUARE, untyped(None))
+    ),
+    "params must have the shapes of updates, got (2, 2) for (2, 3) at 'w'.": (
+        lambda: stepped(optclip.hyperball(SGD, 0.1), SQUARE, {"w": jnp.ones((2, 3))})
+    ),
+}
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda: optclip.hyperball(untyped(0.1), 0.1), "optimizer must be an optimizer, got 0.1."),
-        (lambda: optclip.hyperball(optax.sgd(1.0), untyped([0.1])), "rate must be a non-negative number, array or schedule, got [0.1]."),
-        (lambda: optclip.hyperball(optax.sgd(1.0), 0.1, grouping=groupings.whole()), "grouping must lie within leaves"),
-        (lambda: optclip.hyperball(optax.sgd(1.0), 0.1).init({"b": jnp.ones(3)}), "where must select a leaf, got none of 'b'."),
-        (lambda: optclip.hyperball(optax.sgd(1.0), 0.1).update({"w": jnp.ones((2, 2))}, untyped(None)), "params must be given to update, got None."),
-        (lambda: stepped(optclip.hyperball(optax.identity(), 0.1), {"w": jnp.ones((2, 2))}, {"w": jnp.ones((2, 3))}), "params must have the shapes of updates, got (2, 2) for (2, 3) at 'w'."),
-    ],
-)  # fmt: skip
-def test_nonsense(make, says):
+
+@pytest.mark.parametrize(("says", "make"), NONSENSE.items())
+def test_nonsense(says, make):
     with pytest.raises(ValueError) as caught:
         make()
     assert str(caught.value).startswith(f"hyperball: {says}")

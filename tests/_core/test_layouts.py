@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
+from optclip import groupings
 from optclip._core import paths as _paths
 from optclip._core.layouts import Layout, layout
 from tests.untyped import untyped
@@ -610,3 +611,37 @@ def test_stack_and_outputs_are_what_is_computed(module, shape):
     )
     found = layout("kernel", {name: value.shape for name, value in params.items()})
     assert {*found.stack, *found.outputs} == kept
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axes"),
+    [
+        ({"w": (4, 5)}, (0, 1)),
+        ({"experts/up": (3, 4, 5)}, (1, 2)),
+        ({"layers/experts/up": (2, 3, 4, 5)}, (2, 3)),
+        ({"conv/kernel": (3, 3, 4, 5)}, (0, 1, 2, 3)),
+        ({"any/kernel": (3, 4, 5), "any/bias": (5,)}, (0, 1, 2)),
+        ({"any/kernel": (3, 4, 5), "any/bias": (3, 5)}, (1, 2)),
+        ({"query/kernel": (8, 2, 4)}, (0, 1, 2)),
+        ({"layers/query/kernel": (6, 8, 2, 4)}, (1, 2, 3)),
+        ({"out/kernel": (2, 4, 8)}, (0, 1, 2)),
+        ({"bias": (3, 5)}, (1,)),
+        ({"scale": (5,)}, (0,)),
+        ({"temperature": ()}, ()),
+    ],
+)
+def test_a_matrix_is_one_layers_or_experts_kernel(shapes, axes):
+    """A stack without names or biases is never joined, as it is in one norm a unit."""
+    path, shape = next(iter(shapes.items()))
+    assert untyped(groupings.per_matrix()).axes(path, shape, shapes) == axes
+
+
+def test_what_is_stacked_can_be_said():
+    shapes = {"taps": (3, 4, 5), "blocks": (3, 4, 5)}
+    for stacked, path, axes in (
+        (False, "taps", (0, 1, 2)),
+        (2, "taps", (2,)),
+        ("blocks", "blocks", (1, 2)),
+    ):
+        grouping = untyped(groupings.per_matrix(stacked))
+        assert grouping.axes(path, shapes[path], shapes) == axes

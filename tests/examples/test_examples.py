@@ -1,5 +1,6 @@
 """Every example runs as a user runs it, prints finite numbers and draws its picture."""
 
+import json
 import math
 import pathlib
 import subprocess
@@ -43,6 +44,14 @@ def deep_init(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def transfer(tmp_path_factory):
+    """A short run of every rate at two widths: its lines and its folder."""
+    output = tmp_path_factory.mktemp("transfer")
+    options = "--quick", "--steps", "10", "--seeds", "1", "--output", str(output)
+    return run("hyperball_transfer.py", *options), output
+
+
+@pytest.fixture(scope="module")
 def wgan(tmp_path_factory):
     """A short run of the three critics: its lines and its folder."""
     output = tmp_path_factory.mktemp("wgan")
@@ -60,6 +69,7 @@ def test_every_example_is_tested():
     tested = {
         "deep_init.py",
         "multihost.py",  # in a file of its own
+        "hyperball_transfer.py",
         "regression.py",
         "transformer_spikes.py",
         "wgan_digits.py",
@@ -169,6 +179,22 @@ def test_critics_keep_their_bounds(wgan):
     (_, slope, largest, *_), (_, spectral_slope, *_), (_, free_slope, *_) = numbers
     assert largest <= 0.01 and slope < 1.5
     assert spectral_slope <= 1.01 < free_slope
+
+
+def test_what_transfers_is_reported_and_saved(transfer):
+    lines, output = transfer
+    numbers = json.loads((output / "hyperball_transfer.json").read_text())
+    assert numbers["settings"] == {"steps": 10, "seeds": 1, "widths": [8, 16]}
+    assert len(numbers["runs"]) == 12
+    for run_ in numbers["runs"]:
+        assert math.isfinite(run_["validation"]) and run_["validation"] < 6
+        kept = abs(run_["norm"] - 1) < 1e-6
+        assert kept == (run_["method"] == "hyperball"), run_
+    for method in ("adamw", "hyperball"):
+        (line,) = (line for line in lines if line.startswith(f"{method}: best rate"))
+        assert "the narrow one's costs" in line and "at 16" in line
+    assert lines[-1].endswith(str(output / "hyperball_transfer.png"))
+    assert (output / "hyperball_transfer.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize("example", ["regression", "spikes", "deep_init", "wgan"])

@@ -457,6 +457,7 @@ SORTS = "it sorts"
 FACTORISES = "it factorises matrices"
 MULTIPLIES = "products of matrices are rounded beside their largest entries"
 WHOLE = "points in parts cannot be joined by a sum"
+SUBTRACTS = "what is taken away is as large as an update's largest entry"
 SIZES = "it writes updates in their new size before it measures where they lead"
 sets = optclip.sets
 
@@ -560,6 +561,7 @@ PROJECTIONS = [
         "leaf",
         "near",
         fuses=SIZES,
+        digits=SUBTRACTS,
         around=hyperball_of(tangent=True),
     ),
     Constraint(

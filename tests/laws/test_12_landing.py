@@ -213,9 +213,8 @@ def test_norms_and_sums(row, dtype, wide, seed, size, power):
         elif row.name == "norm_range":
             assert goal / 2 * (1 - 4 * eps) <= length <= goal * (1 + 4 * eps)
         else:
-            radius = {"norm_sphere": goal, "unit_norm": 1.0}.get(
-                row.name, np.sqrt(np.sum(start**2))
-            )
+            given_radius = {"norm_sphere": goal, "unit_norm": 1.0}
+            radius = given_radius.get(row.name, float(np.sqrt(np.sum(start**2))))
             assert length == 0 or abs(length - radius) <= 4 * eps * radius
         # Near the nearest point, as fine as the numbers at both ends of the step are;
         # what is subtracted from y is a float32 as large as y.

@@ -33,10 +33,10 @@ def hyperball(
     tangent: bool = False,
     radius: float = 0.0,
 ) -> np.ndarray:
-    """Where a step of a fixed relative size leads, on the sphere of w or of a radius."""
-    radius = radius or np.sqrt(np.sum(np.abs(w) ** 2))
+    """Where a step of a fixed relative size leads, on the sphere of w or a radius."""
+    radius = radius or float(np.sqrt(np.sum(np.abs(w) ** 2)))
     if tangent:
-        share = np.sum((u * np.conj(w)).real) / np.sum(np.abs(w) ** 2)
+        share = np.sum(np.real(u * np.conj(w))) / np.sum(np.abs(w) ** 2)
         u = u - share * w
     return norm_sphere(w + norm_sphere(u, rate * radius), radius)
 
