@@ -236,7 +236,9 @@ def test_a_scan_stacked_linen_model_trains_on_its_spheres():
     state = TrainState.create(apply_fn=net.apply, params=params, tx=tx)
 
     def loss(params):
-        return jnp.mean((net.apply({"params": params}, x)[:, 0] - x.sum(1)) ** 2)
+        return jnp.mean(
+            (untyped(net.apply({"params": params}, x))[:, 0] - untyped(x).sum(1)) ** 2
+        )
 
     step = jax.jit(lambda s: s.apply_gradients(grads=jax.grad(loss)(s.params)))
     first = loss(params)
@@ -463,7 +465,7 @@ def test_rates_that_are_injected_and_mapped_over():
     def make(rate):
         return optclip.hyperball(optax.sgd(1.0), rate)
 
-    injected = optax.inject_hyperparams(make)(rate=RATE)
+    injected = untyped(optax.inject_hyperparams(make)(rate=RATE))
     updates, _ = injected.update(grads, injected.init(params), params)
 
     def moved(rate):

@@ -71,7 +71,8 @@ def init_sphere(grouping: Grouping = per_leaf(), *, axis_name: AxisName = None) 
 
     def project(x: jax.Array, norm: Norm, memory: jax.Array) -> jax.Array:
         radius, free = first_norm(norm.value, memory)
-        return jnp.where(free, x, to_sphere(x, norm, radius))
+        moved = jnp.where(free, x, to_sphere(x, norm, radius))
+        return jnp.where(jnp.isnan(radius), jnp.nan, moved)  # zeros, too
 
     def contains(x: jax.Array, norm: Norm, memory: jax.Array) -> jax.Array:
         radius, free = first_norm(norm.value, memory)

@@ -162,17 +162,11 @@ def landed(
     index = None  # the same leaves in both trees
     if treedef != jax.tree_util.tree_structure(params):
         index = {path: n for n, (path, _) in enumerate(paths.leaves(updates))}
-    start, apart = 0, iter(state.apart)
+    kept = state.memory, state.apart
     for member in members(params, set_of, chosen):
         own = None
         if member.set.init is not None:
-            known = member.set.memory_like(member.leaf, member.extent)
-            if known.ndim == 1:
-                vector = jnp.asarray(state.memory)
-                own = vector[start : start + known.size].astype(known.dtype)
-                start += known.size
-            else:
-                own = next(apart)
+            own, *kept = _recalled(member, *kept)
         number = member.index if index is None else index.get(member.path)
         if number is None or not numerics.is_measured(flat[number]):
             continue  # a frozen parameter has no update, or MaskedNode for one
@@ -188,6 +182,24 @@ def landed(
         q = member.set.project(y, measured, own)
         flat[number] = steered(p, u, y, q)
     return jax.tree_util.tree_unflatten(treedef, flat)
+
+
+def _recalled(
+    member: Member, memory: Any, apart: tuple[jax.Array, ...]
+) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+    """What is remembered of a leaf, and the rest for those that follow."""
+    known = member.set.memory_like(member.leaf, member.extent)
+    if known.ndim == 1:
+        own, memory = memory[: known.size], memory[known.size :]
+    else:
+        own, apart = apart[0] if apart else memory[:0], apart[1:]
+    if own.shape != known.shape:
+        raise error(
+            f"state must remember an array of shape {known.shape} for "
+            f"{member.path!r}, got shape {own.shape}; it is that of other sets or of "
+            "another mesh."
+        )
+    return own.astype(known.dtype), memory, apart
 
 
 def _unchanged(
