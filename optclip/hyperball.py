@@ -134,7 +134,7 @@ def hyperball(
         updates: optax.Updates,
         state: Any,  # a HyperballState, or None
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, HyperballState]:
         if params is None:
             raise error("params must be given to update, got None.")

@@ -162,11 +162,11 @@ def landed(
     index = None  # the same leaves in both trees
     if treedef != jax.tree_util.tree_structure(params):
         index = {path: n for n, (path, _) in enumerate(paths.leaves(updates))}
-    kept = state.memory, state.apart
+    memory, apart = state.memory, state.apart
     for member in members(params, set_of, chosen):
         own = None
         if member.set.init is not None:
-            own, *kept = _recalled(member, *kept)
+            own, memory, apart = _recalled(member, jnp.asarray(memory), apart)
         number = member.index if index is None else index.get(member.path)
         if number is None or not numerics.is_measured(flat[number]):
             continue  # a frozen parameter has no update, or MaskedNode for one
@@ -185,8 +185,8 @@ def landed(
 
 
 def _recalled(
-    member: Member, memory: Any, apart: tuple[jax.Array, ...]
-) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+    member: Member, memory: jax.Array, apart: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """What is remembered of a leaf, and the rest for those that follow."""
     known = member.set.memory_like(member.leaf, member.extent)
     if known.ndim == 1:
