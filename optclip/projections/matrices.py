@@ -108,8 +108,9 @@ def spectral_ball(
     _check_iterations(iterations)
 
     def project(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
-        bound = ball.bound(numerics.accumulation_dtype(x.dtype), x.ndim)
-        return capped(x, ball.extent, bound, iterations)[0]
+        top = ball.bound(numerics.accumulation_dtype(x.dtype), x.ndim)
+        top, _ = trailing(top, *ball.extent)
+        return capped(x, ball.extent, top, iterations)[0]
 
     def contains(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
         limit = ball.bound(numerics.accumulation_dtype(x.dtype), x.ndim)
@@ -193,8 +194,7 @@ def capped(
 ) -> tuple[jax.Array, jax.Array]:
     """Matrices with no singular value above a positive bound, and how large they were.
 
-    The bound is a number, or an array of the rank of x with one for each matrix. How
-    large is the largest singular value of each; by products, which do not find it, the
+    How large is the largest singular value of each; by products, which do not find it, the
     bound or, where more than a thousandth of the bound was taken off, twice the bound.
     With `spikes`, products that would leave the largest far above the bound lose the
     small directions beside it instead.
@@ -205,8 +205,6 @@ def capped(
     margin = _error(max(w.shape[-2:]), w.dtype)
     rounding = 0.0 if x.dtype == w.dtype else 2 * float(jnp.finfo(x.dtype).eps)
     top = bound_towards(bound, w.dtype, 0.0)
-    if top.ndim:  # one for each matrix
-        top, _ = trailing(top, *sides)
     goal = top * (1 - rounding - 2 * margin)
     near, unit = _near(w, goal)
     if iterations is None:
