@@ -194,8 +194,8 @@ def capped(
 ) -> tuple[jax.Array, jax.Array]:
     """Matrices with no singular value above a positive bound, and how large they were.
 
-    How large is the largest singular value of each; by products, which do not find it, the
-    bound or, where more than a thousandth of the bound was taken off, twice the bound.
+    How large is the largest singular value of each; by products, which do not find it,
+    the bound or, where more than a thousandth of it was taken off, twice the bound.
     With `spikes`, products that would leave the largest far above the bound lose the
     small directions beside it instead.
     """

@@ -70,7 +70,6 @@ def test_every_example_is_tested():
         "deep_init.py",
         "hyperball_transfer.py",
         "multihost.py",  # in a file of its own
-        "hyperball_transfer.py",
         "regression.py",
         "transformer_spikes.py",
         "wgan_digits.py",
