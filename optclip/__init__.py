@@ -54,6 +54,7 @@ Choosing a rule and its value, from sizes that a run logged:
     suggest                       which rule, and which limit, with its evidence
     replay                        what rules would have done, without retraining
     replay_table                  replays of several rules side by side
+    plot                          pictures of histories, replays, advice and logs
     at_bound                      the share of weights that sit at their bound
 
 Numbers, selection and saved states:
@@ -83,7 +84,15 @@ Types, to annotate and to read:
     Replay                        what replay returns for each rule
 """
 
-from optclip import actions, groupings, initializers, measures, sets, thresholds
+from optclip import (
+    actions,
+    groupings,
+    initializers,
+    measures,
+    plot,
+    sets,
+    thresholds,
+)
 from optclip._core.metrics import ClipMetrics, SkipMetrics
 from optclip._core.paths import everything, mask
 from optclip.choosing.at_bound import at_bound
@@ -169,6 +178,7 @@ __all__ = [
     "norm_growth_clip",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
+    "plot",
     "project",
     "project_params",
     "qk_clip",
