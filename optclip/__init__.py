@@ -14,6 +14,7 @@ Rules with a given limit, a number or a schedule:
     per_example_layer_norm_clip   the same, leaf by leaf
     spectral_clip                 the singular values of each matrix
     monitor                       measures and changes nothing
+    clip_cotangent                a gradient on its way back through a scan
 
 Rules that find their limit themselves:
 
@@ -100,6 +101,7 @@ from optclip.choosing.replay import Replay, replay
 from optclip.choosing.replay_table import replay_table
 from optclip.choosing.suggest import Advice, suggest
 from optclip.clipping.clip_by import clip_by
+from optclip.clipping.clip_cotangent import clip_cotangent
 from optclip.clipping.engine import ClipState, RecordedClipState
 from optclip.clipping.recorder import RecorderState
 from optclip.clipping.rules.adagc import adagc
@@ -162,6 +164,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "clip_cotangent",
     "clip_weights",
     "everything",
     "explain",

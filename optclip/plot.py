@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from optclip._core import checks
 from optclip._core.measures import Measure, l2
 from optclip._core.public import caller, error, public
 from optclip.choosing.evidence import tail_index
@@ -88,9 +87,8 @@ def history(history: Recording, ax: Axes | None = None) -> Axes:
     limited = np.isfinite(past.limit).any()
     if limited:
         _line(ax, past.steps, past.limit, BLUE, label="limit", drawstyle="steps-mid")
-    clipped = (
-        f"clipped: {100 * past.clipped.mean():.3g} % of the steps" if limited else ""
-    )
+    share = 100 * past.clipped.mean()
+    clipped = f"clipped: {share:.3g} % of the steps" if limited else None
     _log(ax, past.steps, past.size, past.clipped, clipped)
     return _labelled(ax, f"size before clipping ({past.measure})")
 
@@ -135,7 +133,10 @@ def layers(history: Recording, ax: Axes | None = None) -> Axes:
         aspect="auto",
         interpolation="none",
     )
-    ax.figure.colorbar(image, ax=ax, label=f"size before clipping ({past.measure})")
+    bar = ax.figure.colorbar(
+        image, ax=ax, label=f"size before clipping ({past.measure})"
+    )
+    _logarithmic(bar.ax.yaxis, sizes)
     step, leaf = np.nonzero(past.nonfinite)
     edged = {"color": BLACK, "markeredgecolor": "white", "markersize": 8}
     if step.size:
@@ -229,7 +230,8 @@ def advice(
     >>> advice(optclip.suggest(norms), norms).get_title("left")
     'A fixed 1.4 clips 5 % of the steps (95 % interval: 1.3 to 1.46).'
     """
-    checks.instance(Advice, advice=advice)
+    if not isinstance(advice, Advice):
+        raise error(f"advice must be what suggest returned, got {advice!r}.")
     column = combined(sizes, measure)
     known = advice.evidence
     if len(column) != known.steps:
@@ -245,7 +247,7 @@ def advice(
         shade = {"color": "0.9", "zorder": 0, "label": "warm-up, left out"}
         ax.axvspan(steps[0], steps[last], **shade)
         usable[: last + 1] = False
-    label = f"limit {advice.limit:.3g}, {advice.low:.3g} to {advice.high:.3g}"
+    label = f"limit {advice.limit:.3g} ({advice.low:.3g} to {advice.high:.3g})"
     ax.axhspan(advice.low, advice.high, color=BLUE, alpha=0.2)
     ax.axhline(advice.limit, color=BLUE, label=label, zorder=3)
     over = usable & (column > advice.limit)
@@ -306,13 +308,12 @@ def distribution(
         place = known.size - largest
         tail = np.array([known[place], known[-1]])
         law = above[place] * (tail / tail[0]) ** -index
-        label = f"tail of index {index:.2g}"
+        label = f"tail: power law of index {index:.2g}"
         ax.plot(tail, law, "--", color=RED, linewidth=2, label=label)
     left_out = len(column) - known.size
     if left_out:
-        ax.plot(
-            [], [], " ", label=f"{left_out:,} of {len(column):,} are 0 or not finite"
-        )
+        label = f"{left_out:,} of {len(column):,} are 0 or not finite"
+        ax.plot([], [], " ", label=label)
     for axis, values in ((ax.xaxis, known), (ax.yaxis, above)):
         _logarithmic(axis, values)
     ax.set(xlabel="size, or limit", ylabel="share of steps")
@@ -344,13 +345,13 @@ def _checked(history: Recording) -> Recording:
 
 
 def _log(
-    ax: Axes, steps: np.ndarray, size: np.ndarray, over: np.ndarray, label: str
+    ax: Axes, steps: np.ndarray, size: np.ndarray, over: np.ndarray, label: str | None
 ) -> None:
     """Sizes over steps, with what is over a limit and what is not finite marked."""
     finite = np.isfinite(size)
     _line(ax, steps, size, GREY, label="size", linewidth=0.8)
     at = _peaks(size, over & finite)
-    if label:
+    if label is not None:
         small = 4 if len(at) < 200 else 2
         ax.plot(steps[at], size[at], "^", color=RED, markersize=small, label=label)
     _lost(ax, steps, ~finite)
@@ -400,10 +401,14 @@ def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
     """With numbers as they are written, not as powers; linear if all sizes are 0."""
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     if (np.isfinite(sizes) & (sizes > 0)).any():
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter())
+        axis.set_major_formatter(Plain())
+        axis.set_minor_formatter(Plain())
 
 
 def _labelled(ax: Axes, size: str, columns: int = 3) -> Axes:
