@@ -95,7 +95,7 @@ def test_black_and_white_tells_what_is_drawn(name: str):
     legend = ax.get_legend()
     looks = [
         (line.get_linestyle(), line.get_marker(), line.get_linewidth())
-        for line in (legend.legend_handles if legend else ())
+        for line in map(untyped, legend.legend_handles if legend else ())
         if hasattr(line, "get_marker")
     ]
     assert len(set(looks)) == len(looks)

@@ -118,7 +118,7 @@ def _answer(options: argparse.Namespace) -> str:
     )
     found = replay(last, rules)
     if options.plot:
-        figure = plot.advice(advice, sizes, measure=measure).figure
+        figure: Any = plot.advice(advice, sizes, measure=measure).figure
         figure.savefig(options.plot, dpi=150, bbox_inches="tight")
     if options.json:
         return json.dumps(_as_json(name, advice, found, len(last)), indent=2)

@@ -149,4 +149,4 @@ def _clipped(how: _How, cotangent: Tree, limit: jax.Array) -> Tree:
                 nonfinite=how.nonfinite,
                 axis_name=how.axis_name,
             )
-        return clip.update(cotangent, None)[0]
+        return clip.update(cotangent, clip.init(cotangent))[0]
