@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from optclip._core.measures import Measure, l2
-from optclip._core.public import caller, error, public
+from optclip._core.public import error, public
+from optclip.choosing import drawing
+from optclip.choosing.drawing import BLACK, BLUE, COLOURS, DASHES, GREY, RED
 from optclip.choosing.evidence import tail_index
 from optclip.choosing.logged_sizes import Recorded, Sizes, combined
 from optclip.choosing.replay import Replay
@@ -34,11 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["advice", "distribution", "history", "layers", "replay"]
 
-GREY, BLACK, BLUE, RED = "0.6", "black", "#0072B2", "#D55E00"
-# One for each rule, in turns of different length.
-COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#E69F00")
-DASHES = ("-", "--", "-.", ":")
-BINS = 1000  # more points than this cannot be told apart across a figure
 NAMES = 40  # of leaves that fit beside a heat map
 
 
@@ -82,14 +79,16 @@ def history(history: Recording, ax: Axes | None = None) -> Axes:
     'size before clipping (l2)'
     """
     past = _checked(history)
-    ax = _new(ax)
+    ax = drawing.axes(ax)
     limited = np.isfinite(past.limit).any()
     if limited:
-        _line(ax, past.steps, past.limit, BLUE, label="limit", drawstyle="steps-mid")
+        drawing.draw_line(
+            ax, past.steps, past.limit, BLUE, label="limit", drawstyle="steps-mid"
+        )
     share = 100 * past.clipped.mean()
     clipped = f"clipped: {share:.3g} % of the steps" if limited else None
-    _log(ax, past.steps, past.size, past.clipped, clipped)
-    return _labelled(ax, f"size before clipping ({past.measure})")
+    drawing.draw_log(ax, past.steps, past.size, past.clipped, clipped)
+    return drawing.labelled(ax, f"size before clipping ({past.measure})")
 
 
 @public
@@ -119,7 +118,7 @@ def layers(history: Recording, ax: Axes | None = None) -> Axes:
     """
     past = _checked(history)
     height = 2.0 + 0.2 * min(len(past.names), NAMES)
-    ax = _new(ax, height)
+    ax = drawing.axes(ax, height)
     from matplotlib.colors import LogNorm
 
     sizes = np.where(np.isfinite(past.sizes) & (past.sizes > 0), past.sizes, np.nan).T
@@ -135,18 +134,18 @@ def layers(history: Recording, ax: Axes | None = None) -> Axes:
     bar = ax.figure.colorbar(
         image, ax=ax, label=f"size before clipping ({past.measure})"
     )
-    _logarithmic(bar.ax, sizes)
+    drawing.logarithmic(bar.ax, sizes)
     step, leaf = np.nonzero(past.nonfinite)
     edged = {"color": BLACK, "markeredgecolor": "white", "markersize": 8}
     if step.size:
         ax.plot(step, leaf, "X", label=f"not finite: {step.size:,}", **edged)
-    shown = _spread(len(past.names), NAMES)
+    shown = drawing.spread(len(past.names), NAMES)
     names = [past.names[place] for place in shown]
     ax.set_yticks(shown, names, fontsize="small", parse_math=False)
-    ticks = _spread(len(past.steps), 9)
+    ticks = drawing.spread(len(past.steps), 9)
     ax.set_xticks(ticks, [f"{past.steps[place]:,}" for place in ticks])
     ax.set_xlabel("step")
-    return _with_legend(ax)
+    return drawing.with_legend(ax)
 
 
 @public
@@ -176,7 +175,7 @@ def replay(replays: Mapping[str, Replay], ax: Axes | None = None) -> Axes:
     """
     if not replays:
         raise error("replays must hold at least one, got none.")
-    ax = _new(ax, 4.2 + 0.3 * len(replays))
+    ax = drawing.axes(ax, 4.2 + 0.3 * len(replays))
     from matplotlib.transforms import offset_copy
 
     first = next(iter(replays.values()))
@@ -185,22 +184,22 @@ def replay(replays: Mapping[str, Replay], ax: Axes | None = None) -> Axes:
     missing = ~np.isfinite(table)
     size = np.where(missing, -np.inf, table).max(1)
     size = np.where(np.isfinite(size), size, np.nan)
-    _line(ax, steps, size, GREY, label="size", linewidth=0.8)
-    _lost(ax, steps, np.asarray(missing.any(1)))
+    drawing.draw_line(ax, steps, size, GREY, label="size", linewidth=0.8)
+    drawing.mark_lost(ax, steps, np.asarray(missing.any(1)))
     for number, (name, own) in enumerate(replays.items()):
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
         kept = "-" if np.isnan(own.kept) else f"{100 * own.kept:.1f} %"
         label = f"{100 * own.clip_rate:.1f} % clipped, {kept} kept: {name}"
-        _line(ax, steps, own.limit, colour, label=label, linestyle=dash)
-        at = steps[_peaks(np.zeros(len(steps)), own.clipped)]
+        drawing.draw_line(ax, steps, own.limit, colour, label=label, linestyle=dash)
+        at = steps[drawing.peaks(np.zeros(len(steps)), own.clipped)]
         edge, points = ax.get_xaxis_transform(), 9 * (len(replays) - number)
         row = offset_copy(edge, ax.get_figure(root=True), y=points, units="points")
         tick = {"color": colour, "markersize": 7, "clip_on": False, "transform": row}
         ax.plot(at, np.ones(len(at)), "|", **tick)
     pad = 9 * len(replays) + 8
     ax.set_title("steps that each rule clips", loc="left", fontsize="small", pad=pad)
-    _logarithmic(ax, size)
-    return _labelled(ax, "size before clipping", columns=1)
+    drawing.logarithmic(ax, size)
+    return drawing.labelled(ax, "size before clipping", columns=1)
 
 
 @public
@@ -238,7 +237,7 @@ def advice(
             f"sizes must be those of the advice, {known.steps} steps, got "
             f"{len(column)}."
         )
-    ax = _new(ax)
+    ax = drawing.axes(ax)
     steps = getattr(sizes, "steps", np.arange(len(column)))
     usable = np.isfinite(column)
     if known.warmup:  # counts steps that have a logarithm
@@ -251,10 +250,10 @@ def advice(
     ax.axhline(advice.limit, color=BLUE, label=label, zorder=3)
     over = usable & (column > advice.limit)
     share = 100 * over.sum() / max(usable.sum(), 1)
-    _log(ax, steps, column, over, f"above it: {share:.3g} % of the steps")
+    drawing.draw_log(ax, steps, column, over, f"above it: {share:.3g} % of the steps")
     title = textwrap.fill(advice.text, 100)
     ax.set_title(title, loc="left", fontsize="small", parse_math=False)
-    return _labelled(ax, "size before clipping")
+    return drawing.labelled(ax, "size before clipping")
 
 
 @public
@@ -290,7 +289,7 @@ def distribution(
     known = np.sort(column[np.isfinite(column) & (column > 0)]).astype(np.float64)
     if not known.size:
         raise error(f"sizes must hold finite ones above 0, got none of {len(column)}.")
-    ax = _new(ax)
+    ax = drawing.axes(ax)
     wide = 1.0 if known[-1] > 1.1 * known[0] else 1.05
     low, high = known[0] / wide, known[-1] * wide
     edges = np.geomspace(low, high, 41)
@@ -298,7 +297,7 @@ def distribution(
     share = np.full(known.size, 1 / known.size)
     ax.hist(known, edges, weights=share, color="0.8", label="share of steps")
     above = np.arange(known.size, 0, -1) / known.size
-    at = _shown(known)
+    at = drawing.shown(known)
     ax.step(known[at], above[at], color=BLUE, label="share above: the clip rate")
     index, largest = tail_index(np.log(known))
     if np.isfinite(index):
@@ -311,24 +310,11 @@ def distribution(
     if left_out:
         label = f"{left_out:,} of {len(column):,} are 0 or not finite"
         ax.plot([], [], " ", label=label)
-    _logarithmic(ax, known, "x")
-    _logarithmic(ax, above)
+    drawing.logarithmic(ax, known, "x")
+    drawing.logarithmic(ax, above)
     ax.set(xlabel="size, or limit", ylabel="share of steps")
     ax.set_ylim(0.5 / known.size, 1.5)
-    return _with_legend(ax)
-
-
-def _new(ax: Axes | None, height: float = 4.0) -> Axes:
-    """The given Axes, or those of a new figure."""
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ImportError(
-            f"{caller()}: pictures need matplotlib, pip install matplotlib ({missing})."
-        ) from None
-    return Figure(figsize=(8, height), layout="constrained").subplots()
+    return drawing.with_legend(ax)
 
 
 def _checked(history: Recording) -> Recording:
@@ -339,89 +325,3 @@ def _checked(history: Recording) -> Recording:
     if not len(history.steps):
         raise error("history must have steps, got none.")
     return history
-
-
-def _log(
-    ax: Axes, steps: np.ndarray, size: np.ndarray, over: np.ndarray, label: str | None
-) -> None:
-    """Sizes over steps, with what is over a limit and what is not finite marked."""
-    finite = np.isfinite(size)
-    _line(ax, steps, size, GREY, label="size", linewidth=0.8)
-    at = _peaks(size, over & finite)
-    if label is not None:
-        small = 4 if len(at) < 200 else 2
-        ax.plot(steps[at], size[at], "^", color=RED, markersize=small, label=label)
-    _lost(ax, steps, ~finite)
-    _logarithmic(ax, size)
-
-
-def _lost(ax: Axes, steps: np.ndarray, lost: np.ndarray) -> None:
-    """Crosses along the upper edge for steps that are not finite."""
-    if lost.any():
-        at = steps[_peaks(np.zeros(len(steps)), lost)]
-        edge = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 4}
-        label = f"not finite: {lost.sum():,}"
-        ax.plot(at, np.full(len(at), 0.97), "x", color=BLACK, label=label, **edge)
-
-
-def _line(
-    ax: Axes, steps: np.ndarray, values: np.ndarray, colour: str, **how: Any
-) -> None:
-    at = _shown(values)
-    shown = np.where(np.isfinite(values[at]), values[at], np.nan)
-    ax.plot(steps[at], shown, color=colour, **how)
-
-
-def _shown(values: np.ndarray) -> np.ndarray:
-    """The places of all values, or of the extremes within each of many bins."""
-    if len(values) <= 2 * BINS:
-        return np.arange(len(values))
-    finite = np.isfinite(values)
-    return np.union1d(_peaks(values, finite), _peaks(-values, finite))
-
-
-def _peaks(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The place of the largest chosen value within each bin; all, if they are few."""
-    places = np.flatnonzero(chosen)
-    bins = places * BINS // max(len(values), BINS)
-    order = np.lexsort((values[places], bins))
-    last = np.diff(bins[order], append=BINS) > 0
-    return np.sort(places[order][last])
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    """At most so many places, evenly."""
-    return np.arange(0, count, -(-count // most) or 1)
-
-
-def _logarithmic(ax: Axes, sizes: np.ndarray, which: Literal["x", "y"] = "y") -> None:
-    """With numbers as they are written, not as powers; linear if all sizes are 0."""
-    from matplotlib.ticker import LogFormatter
-
-    class Plain(LogFormatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
-
-    if (np.isfinite(sizes) & (sizes > 0)).any():
-        ax.set(**{f"{which}scale": "log"})
-        axis = ax.xaxis if which == "x" else ax.yaxis
-        axis.set_major_formatter(Plain())
-        axis.set_minor_formatter(Plain())
-
-
-def _labelled(ax: Axes, size: str, columns: int = 3) -> Axes:
-    ax.set(xlabel="step", ylabel=size)
-    ax.margins(x=0.01)
-    ax.spines[["top", "right"]].set_visible(False)
-    return _with_legend(ax, columns)
-
-
-def _with_legend(ax: Axes, columns: int = 3) -> Axes:
-    """Below the picture, where it hides nothing."""
-    if ax.get_legend_handles_labels()[0]:
-        below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}
-        look = {"fontsize": "small", "frameon": False, "borderaxespad": 4.5}
-        legend = ax.legend(ncols=columns, **look, **below)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    return ax

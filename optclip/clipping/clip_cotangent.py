@@ -63,7 +63,7 @@ def clip_cotangent(
       grouping: what is measured together, one of `optclip.groupings`:
         `per_example()` clips each index of the leading axis on its own.
       nonfinite: "propagate" makes a group with NaN or infinity NaN, "zero" makes it
-        zero. By value infinity goes to the bound and NaN stays, as in `clip_by_value`.
+        zero. By max_delta infinity goes to the bound and NaN stays.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
 
@@ -79,7 +79,7 @@ def clip_cotangent(
     Raises:
       ValueError: if not one of max_norm and max_delta is given; if that is negative,
         NaN, a bool or no scalar; if a part is not of its kind; if max_delta is given
-        together with a measure or grouping.
+        together with measure, grouping or nonfinite.
 
     Reference: [Pascanu, Mikolov, Bengio 2012](https://arxiv.org/abs/1211.5063).
 
@@ -103,15 +103,16 @@ def clip_cotangent(
     checks.instance(Measure, measure=measure)
     checks.instance(Grouping, grouping=grouping)
     checks.choice(get_args(Nonfinite), nonfinite=nonfinite)
-    if by_value and (measure != l2 or grouping != whole()):
+    parts = measure, grouping, nonfinite
+    if by_value and parts != (l2, whole(), "propagate"):
         raise error(
-            f"max_delta must go without measure and grouping, got {measure} and "
-            f"{grouping}; it bounds each element."
+            "max_delta must go without measure, grouping and nonfinite, got "
+            f"{measure}, {grouping} and {nonfinite!r}; it bounds each element."
         )
     leaves, treedef = jax.tree_util.tree_flatten(x)
     # What has no magnitude has no cotangent and goes past: None holds its place.
     carried = [leaf if numerics.is_measured(leaf) else None for leaf in leaves]
-    how = _How(by_value, measure, grouping, nonfinite, axis_name, caller())
+    how = _How(by_value, *parts, axis_name, caller())
     with np.errstate(over="ignore"):  # what no float holds is infinite
         limit = jnp.asarray(limit, jnp.result_type(float))
     passed = treedef.flatten_up_to(_identity(how, treedef.unflatten(carried), limit))
