@@ -55,6 +55,7 @@ Choosing a rule and its value, from sizes that a run logged:
     suggest                       which rule, and which limit, with its evidence
     replay                        what rules would have done, without retraining
     replay_table                  replays of several rules side by side
+    sweep                         trains with many limits at once
     plot                          pictures of histories, replays, advice and logs
     at_bound                      the share of weights that sit at their bound
 
@@ -83,6 +84,7 @@ Types, to annotate and to read:
     Adopted                       what adopt_state returns
     Advice                        what suggest returns
     Replay                        what replay returns for each rule
+    Sweep                         what sweep returns
 """
 
 from optclip import (
@@ -100,6 +102,7 @@ from optclip.choosing.at_bound import at_bound
 from optclip.choosing.replay import Replay, replay
 from optclip.choosing.replay_table import replay_table
 from optclip.choosing.suggest import Advice, suggest
+from optclip.choosing.sweep import Sweep, sweep
 from optclip.clipping.clip_by import clip_by
 from optclip.clipping.clip_cotangent import clip_cotangent
 from optclip.clipping.engine import ClipState, RecordedClipState
@@ -152,6 +155,7 @@ __all__ = [
     "Replay",
     "SkipMetrics",
     "SkipState",
+    "Sweep",
     "actions",
     "adagc",
     "adaptive_grad_clip",
@@ -195,6 +199,7 @@ __all__ = [
     "spectral_clip",
     "spike_clip",
     "suggest",
+    "sweep",
     "thresholds",
     "zclip",
 ]

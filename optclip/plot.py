@@ -6,6 +6,7 @@
 | `layers(history)` | a heat map of every leaf's size over the steps |
 | `replay(replays)` | the limits of several rules over one log, and where each clips |
 | `advice(advice, sizes)` | the log, the advised limit and its interval, the verdict |
+| `sweep(sweep)` | the final loss by limit, with the clip rate beside it |
 | `distribution(sizes)` | how often a fixed limit would clip, with the tail |
 
 Each returns matplotlib's Axes, which holds its figure: `.figure.savefig("clip.png")`.
@@ -30,11 +31,12 @@ from optclip.choosing.evidence import tail_index
 from optclip.choosing.logged_sizes import Recorded, Sizes, combined
 from optclip.choosing.replay import Replay
 from optclip.choosing.suggest import Advice
+from optclip.choosing.sweep import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["advice", "distribution", "history", "layers", "replay"]
+__all__ = ["advice", "distribution", "history", "layers", "replay", "sweep"]
 
 NAMES = 40  # of leaves that fit beside a heat map
 
@@ -314,6 +316,54 @@ def distribution(
     drawing.logarithmic(ax, above)
     ax.set(xlabel="size, or limit", ylabel="share of steps")
     ax.set_ylim(0.5 / known.size, 1.5)
+    return drawing.with_legend(ax)
+
+
+@public
+def sweep(sweep: Sweep, ax: Axes | None = None) -> Axes:
+    """The final loss by limit, with the clip rate beside it.
+
+    Args:
+      sweep: what `optclip.sweep` returned.
+      ax: where to draw; a new figure if None. The clip rate has a second axis.
+
+    Returns:
+      The Axes of the loss, logarithmic both ways if no loss is negative.
+
+    Edge cases: an infinite limit is a line across, for training without a clip.
+    Crosses along the upper edge are runs that were lost.
+
+    Raises:
+      ValueError: if sweep is no sweep.
+      ImportError: if matplotlib is not installed.
+
+    >>> import jax.numpy as jnp, optclip
+    >>> found = optclip.sweep(lambda limit: limit + jnp.ones(5), [0.1, 1.0, 10.0])
+    >>> print(sweep(found).get_lines()[0].get_ydata())
+    [ 1.1  2.  11. ]
+    """
+    if not isinstance(sweep, Sweep):
+        raise error(f"sweep must be what optclip.sweep returned, got {sweep!r}.")
+    ax = drawing.axes(ax)
+    order = np.argsort(sweep.limits)
+    limits, final = sweep.limits[order], sweep.final[order]
+    here = np.isfinite(limits)
+    drawing.draw_line(
+        ax, limits[here], final[here], BLUE, marker="o", label="final loss"
+    )
+    for loss in final[~here & np.isfinite(final)][:1]:
+        ax.axhline(loss, color=BLACK, linestyle=":", label="final loss without a clip")
+    drawing.mark_lost(ax, limits[here], ~np.isfinite(final[here]))
+    drawing.logarithmic(ax, limits, "x")
+    if not (final < 0).any():
+        drawing.logarithmic(ax, final)
+    ax.set(xlabel="limit", ylabel="final loss")
+    if sweep.clip_rates is not None:
+        beside = ax.twinx()
+        rates = 100 * sweep.clip_rates[order]
+        beside.plot(limits[here], rates[here], "s--", color=RED, markersize=4)
+        beside.set(ylim=(-3, 103), ylabel="% of steps clipped")
+        ax.plot([], [], "s--", color=RED, markersize=4, label="clipped (right axis)")
     return drawing.with_legend(ax)
 
 

@@ -67,12 +67,18 @@ ADVICE = optclip.suggest(NORMS)
 REPLAYS = optclip.replay(
     NORMS, {"_$1": optclip.clip_by_global_norm(1.0), "2": optclip.clip_by_value(2.0)}
 )
+SWEEP = optclip.Sweep(
+    np.array([1.0, 0.1, np.inf, 10.0]),
+    np.array([2.0, 3.0, 5.0, np.nan])[:, None] * np.ones(20),
+    np.array([0.2, 0.9, 0.0, 0.01]),
+)
 PICTURES = {
     "history": lambda ax: plot.history(PAST, ax),
     "layers": lambda ax: plot.layers(PAST, ax),
     "replay": lambda ax: plot.replay(REPLAYS, ax),
     "advice": lambda ax: plot.advice(ADVICE, NORMS, ax),
     "distribution": lambda ax: plot.distribution(NORMS, ax),
+    "sweep": lambda ax: plot.sweep(SWEEP, ax),
 }
 
 
@@ -212,6 +218,19 @@ def test_distribution_of_unusual_sizes(sizes: Any):
     assert ("2 of 4 are 0 or not finite" in labels) == (0 in sizes)
 
 
+def test_sweep_has_losses_in_the_order_of_limits_and_the_clip_rates():
+    ax = drawn(plot.sweep(SWEEP))
+    loss, without, lost, _ = ax.get_lines()
+    np.testing.assert_array_equal(untyped(loss).get_data()[0], [0.1, 1.0, 10.0])
+    np.testing.assert_array_equal(untyped(loss).get_data()[1], [3.0, 2.0, np.nan])
+    assert set(untyped(without).get_ydata()) == {5.0}
+    assert untyped(lost).get_xdata().tolist() == [10.0]
+    (rates,) = untyped(ax.figure).axes[1].get_lines()
+    np.testing.assert_allclose(rates.get_ydata(), [90.0, 20.0, 1.0])
+    bare = drawn(plot.sweep(SWEEP._replace(clip_rates=None, losses=-SWEEP.losses)))
+    assert (len(untyped(bare.figure).axes), bare.get_yscale()) == (1, "linear")
+
+
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
@@ -222,6 +241,10 @@ def test_distribution_of_unusual_sizes(sizes: Any):
         (lambda: plot.advice(untyped(3), NORMS), "advice: advice must be what sugges"),
         (lambda: plot.advice(ADVICE, NORMS[1:]), "advice: .* 400 steps, got 399"),
         (lambda: plot.distribution([0.0, np.nan]), "distribution: sizes must hold fin"),
+        (
+            lambda: plot.sweep(untyped(3)),
+            "sweep: sweep must be what optclip.sweep retu",
+        ),
         (lambda: plot.distribution([-1.0]), "distribution: sizes must be non-negative"),
     ],
 )
