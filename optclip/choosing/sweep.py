@@ -48,9 +48,8 @@ class Sweep(NamedTuple):
         return float(self.limits[final.argmin()] if final.min() < np.inf else np.nan)
 
     def __str__(self) -> str:
-        rates = (
-            self.clip_rates if self.clip_rates is not None else [None] * len(self[0])
-        )
+        rates = self.clip_rates
+        rates = [None] * len(self.limits) if rates is None else rates
         lines = ["   limit  final loss  clipped"]
         for limit, loss, rate in zip(self.limits, self.final, rates, strict=True):
             clipped = "-" if rate is None else f"{100 * rate:.1f} %"
@@ -94,11 +93,9 @@ def sweep(train: Train, limits: Sequence[float] | ArrayLike) -> Sweep:
     ...     w = jnp.array(2.0)
     ...     (_, state), losses = jax.lax.scan(step, (w, tx.init(w)), length=20)
     ...     return losses, state
-    >>> print(sweep(train, [0.03, 0.3, jnp.inf]))
-       limit  final loss  clipped
-        0.03       1.518  100.0 %
-         0.3    0.001042   20.0 %
-         inf         nan    0.0 %
+    >>> found = sweep(train, [0.03, 0.3, jnp.inf])
+    >>> print(found.best, found.clip_rates)
+    0.3 [1.  0.2 0. ]
     """
     values = np.asarray(limits, np.float64)
     if values.ndim != 1 or not values.size:
