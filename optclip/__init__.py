@@ -14,6 +14,7 @@ Rules with a given limit, a number or a schedule:
     per_example_layer_norm_clip   the same, leaf by leaf
     spectral_clip                 the singular values of each matrix
     monitor                       measures and changes nothing
+    clip_cotangent                a gradient on its way back through a scan
 
 Rules that find their limit themselves:
 
@@ -54,6 +55,8 @@ Choosing a rule and its value, from sizes that a run logged:
     suggest                       which rule, and which limit, with its evidence
     replay                        what rules would have done, without retraining
     replay_table                  replays of several rules side by side
+    sweep                         trains with many limits at once
+    plot                          pictures of histories, replays, advice and logs
     at_bound                      the share of weights that sit at their bound
 
 Numbers, selection and saved states:
@@ -81,16 +84,27 @@ Types, to annotate and to read:
     Adopted                       what adopt_state returns
     Advice                        what suggest returns
     Replay                        what replay returns for each rule
+    Sweep                         what sweep returns
 """
 
-from optclip import actions, groupings, initializers, measures, sets, thresholds
+from optclip import (
+    actions,
+    groupings,
+    initializers,
+    measures,
+    plot,
+    sets,
+    thresholds,
+)
 from optclip._core.metrics import ClipMetrics, SkipMetrics
 from optclip._core.paths import everything, mask
 from optclip.choosing.at_bound import at_bound
 from optclip.choosing.replay import Replay, replay
 from optclip.choosing.replay_table import replay_table
 from optclip.choosing.suggest import Advice, suggest
+from optclip.choosing.sweep import Sweep, sweep
 from optclip.clipping.clip_by import clip_by
+from optclip.clipping.clip_cotangent import clip_cotangent
 from optclip.clipping.engine import ClipState, RecordedClipState
 from optclip.clipping.recorder import RecorderState
 from optclip.clipping.rules.adagc import adagc
@@ -141,6 +155,7 @@ __all__ = [
     "Replay",
     "SkipMetrics",
     "SkipState",
+    "Sweep",
     "actions",
     "adagc",
     "adaptive_grad_clip",
@@ -153,6 +168,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "clip_cotangent",
     "clip_weights",
     "everything",
     "explain",
@@ -169,6 +185,7 @@ __all__ = [
     "norm_growth_clip",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
+    "plot",
     "project",
     "project_params",
     "qk_clip",
@@ -182,6 +199,7 @@ __all__ = [
     "spectral_clip",
     "spike_clip",
     "suggest",
+    "sweep",
     "thresholds",
     "zclip",
 ]

@@ -112,7 +112,7 @@ def exports(module: ModuleType) -> list[str]:
 def public_functions() -> dict[str, Callable[..., Any]]:
     """Every public function by its full name."""
     found = {}
-    for place in ("", *NAMESPACES):
+    for place in ("", *NAMESPACES, "plot"):
         module = namespace(place) if place else optclip
         for name in exports(module):
             value = getattr(module, name)

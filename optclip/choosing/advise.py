@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import importlib
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 import optax
 
+from optclip import plot
 from optclip._core import checks, measures
 from optclip._core.public import error, naming
 from optclip.choosing.logs import Column, read_column
@@ -118,7 +118,8 @@ def _answer(options: argparse.Namespace) -> str:
     )
     found = replay(last, rules)
     if options.plot:
-        _draw(advice, sizes, options.plot)
+        figure: Any = plot.advice(advice, sizes, measure=measure).figure
+        figure.savefig(options.plot, dpi=150, bbox_inches="tight")
     if options.json:
         return json.dumps(_as_json(name, advice, found, len(last)), indent=2)
     shown = f"{options.file}: {name!r}, {len(sizes):,} steps"
@@ -214,17 +215,6 @@ def _torch(advice: Advice) -> str:
     )
     name = "clip_grad_value_" if by_value else "clip_grad_norm_"
     return f"torch.nn.utils.{name}(model.parameters(), {advice.limit:.4g})"
-
-
-def _draw(advice: Advice, sizes: np.ndarray, path: str) -> None:
-    try:
-        plot = importlib.import_module("optclip.plot")  # which imports matplotlib
-    except ImportError as missing:
-        raise ImportError(
-            f"optclip advise: --plot needs matplotlib ({missing})."
-        ) from None
-    figure = plot.advice(advice, sizes).figure
-    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _as_json(

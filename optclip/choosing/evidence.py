@@ -101,7 +101,7 @@ def evidence(sizes: np.ndarray) -> tuple[Evidence, np.ndarray]:
         drift=_ratio(drift),
         noise=noise,
         spikes=spikes,
-        tail=_tail(above),
+        tail=tail_index(above)[0],
         memory=correlation_time(logs),
         diverges=diverges,
         drifts=drifts,
@@ -156,8 +156,8 @@ def _local_levels(logs: np.ndarray) -> np.ndarray:
     return np.interp(np.arange(len(logs)) + 0.5, centres, levels)
 
 
-def _tail(above: np.ndarray) -> float:
-    """Hill's estimate: one over the mean excess of the largest logarithms."""
-    top = np.sort(above)[-max(len(above) // 20, 2) :]
+def tail_index(logs: np.ndarray) -> tuple[float, int]:
+    """Hill's estimate, one over the mean excess of the largest, and of how many."""
+    top = np.sort(logs)[-max(len(logs) // 20, 2) :]
     excess = float((top - top[0]).mean())
-    return 1 / excess if excess > 1e-9 else math.inf
+    return 1 / excess if excess > 1e-9 else math.inf, len(top)

@@ -223,7 +223,6 @@ def test_errors(
 
 
 def test_a_picture(tmp_path: pathlib.Path, capsys: Any):
-    pytest.importorskip("optclip.plot")
     log, file = tmp_path / "log", tmp_path / "advice.png"
     log.write_text(LOGS["a bare column"][0])
     status, _, err = run(capsys, str(log), *FIXED, "--plot", str(file))
