@@ -6,7 +6,7 @@ looks the same and takes no longer than a short one. matplotlib is imported by c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -60,11 +60,11 @@ def mark_lost(ax: Axes, steps: np.ndarray, lost: np.ndarray) -> None:
 
 
 def draw_line(
-    ax: Axes, steps: np.ndarray, values: np.ndarray, colour: str, **how: Any
+    ax: Axes, steps: np.ndarray, values: np.ndarray, colour: str, **how: str | float
 ) -> None:
     at = shown(values)
     known = np.where(np.isfinite(values[at]), values[at], np.nan)
-    ax.plot(steps[at], known, color=colour, **how)
+    ax.plot(steps[at], known, color=colour)[0].set(**how)
 
 
 def shown(values: np.ndarray) -> np.ndarray:
