@@ -9,7 +9,7 @@ to updates instead of parameters.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def spectral_clip(
 
     def update(
         updates: optax.Updates,
-        state: Any,  # a ClipState, or None
+        state: Tree,  # a ClipState, or None
         params: optax.Params | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, Tree]:

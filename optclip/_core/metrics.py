@@ -204,8 +204,9 @@ def _summary(size: jax.Array, limit: jax.Array, target: jax.Array | None) -> _Su
             count=size.size * one,
             changed=None if changed is None else jnp.sum(changed, dtype=size.dtype),
         )
-    groups = _known(_Summary(ratio, size, limit, clipped, one, changed))
-    return _reduced(*[jnp.broadcast_to(x, size.shape) for x in groups])
+    groups = _Summary(ratio, size, limit, clipped, one, changed)
+    known = [jnp.broadcast_to(x, size.shape) for x in groups if x is not None]
+    return _reduced(*known)
 
 
 @jax.jit
