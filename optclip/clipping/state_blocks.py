@@ -3,22 +3,25 @@
     state ──unpacked──▶ one state a block ──threshold──▶ ... ──repacked──▶ state
 
 For a joint grouping both are the same, arrays over the vector of groups. For groupings
-within leaves every array of the kept state is a tree like the parameters. A state that
-belongs to another rule or another tree is refused here, before anything is computed.
+within leaves every array of the kept state is a tree like the parameters, Flax's boxes
+of metadata included, as Adam's moments are. A state that belongs to another rule or
+another tree is refused here, before anything is computed.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip._core import paths
 from optclip._core.groups import Groups
 from optclip._core.public import error
-from optclip._core.types import Tree
+from optclip._core.types import Shape, Tree
 from optclip.clipping.thresholds import Observation, Threshold
 
 
@@ -42,15 +45,44 @@ def packed(
         for group, part in zip(groups.groups, parts, strict=True):
             kept[groups.places[group.members[0].index]] = part
         tree = jax.tree_util.tree_unflatten(treedef, kept)
-        return jax.tree.map(_unboxed, tree, is_leaf=paths.is_box)
+        return jax.tree.map(_boxed, params, tree, is_leaf=paths.is_box)
 
     return jax.tree.map(like_params, blank, *states)
 
 
-def _unboxed(node: Any) -> Any:
-    """Numbers of units without the box, whose sharding names axes that they lack."""
-    leaves = jax.tree_util.tree_leaves(node) if paths.is_box(node) else []
-    return leaves[0] if leaves else node
+def _boxed(param: Any, node: Any) -> Any:
+    """What is kept of a parameter, in a box whose sharding names only axes it has."""
+    kept = jax.tree_util.tree_leaves(node)
+    shapes = [np.shape(leaf) for leaf in jax.tree_util.tree_leaves(param)]
+    if not paths.is_box(param) or [leaf.shape for leaf in kept] == shapes:
+        return node
+    if len(kept) == len(shapes) == 1:
+        named = functools.partial(_named, shapes[0], kept[0].shape)
+        if hasattr(node, "names"):  # Linen
+            return node.replace(names=named(node.names))
+        if hasattr(node, "get_metadata"):  # NNX
+            own = node.get_metadata()
+            names = {key: named(own[key]) for key in _NNX_NAMES if own.get(key)}
+            return node.replace(kept[0], **names)
+    # Not measured, or a box of another library, whose sharding nobody here can read.
+    return jax.tree_util.tree_structure(node).children()[0].unflatten(kept)
+
+
+_NNX_NAMES = ("out_sharding", "optimizer_sharding")
+
+
+def _named(param: Shape, kept: Shape, names: Any) -> Any:
+    """The names of the axes that are left of a parameter; leading axes have none."""
+    if isinstance(names, jax.sharding.NamedSharding):
+        spec = _named(param, kept, names.spec)
+        return jax.sharding.NamedSharding(names.mesh, spec)
+    own = [*names, *[None] * (len(param) - len(names))]
+    ends = zip(reversed(own), reversed(param), reversed(kept), strict=False)
+    left = [name if was == now else None for name, was, now in ends][::-1]
+    left = [None] * (len(kept) - len(left)) + left
+    if isinstance(names, jax.sharding.PartitionSpec):
+        return jax.sharding.PartitionSpec(*left)
+    return tuple(left)
 
 
 def unpacked(groups: Groups, blank: Any, state: optax.OptState) -> list[Any]:
