@@ -124,7 +124,7 @@ def spectral_clip(
         flat, treedef = jax.tree_util.tree_flatten(updates)
         chosen_leaves, wide = matrices_of(updates)
         shown, sizes = numerics.bound_in(limit, wide), []
-        for index, _, leaf, _, sides in chosen_leaves:
+        for index, _, leaf, _, (sides, _) in chosen_leaves:
             own = numerics.accumulation_dtype(leaf.dtype)
             top = jnp.maximum(numerics.bound_in(limit, own), 0)
             usable = (top > 0) & (top < jnp.inf)
