@@ -25,6 +25,8 @@ from optclip._core import numerics
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NAMES = ("a/bias", "a/kernel", "b/kernel")
 
 

@@ -14,6 +14,8 @@ import optclip
 from optclip import adopt_state
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 PARAMS = {"b": jnp.ones(2), "w": jnp.arange(1.0, 4.0)}
 METRICS = optclip.ClipMetrics._fields
 MASK = {"b": False, "w": True}

@@ -16,6 +16,8 @@ from optclip import groupings, measures, metrics, thresholds
 from optclip.thresholds import Threshold
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FIELDS = (
     "size", "limit", "clipped_fraction", "steps", "clipped_steps", "nonfinite_steps",
     "changed_fraction", "changed_steps",

@@ -13,6 +13,8 @@ import optclip
 from optclip import global_norm, leaf_norms, measures
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MEASURES = {
     "l2": (measures.l2, lambda x: math.sqrt(np.sum(x**2))),
     "rms": (measures.rms, lambda x: math.sqrt(np.mean(x**2))),

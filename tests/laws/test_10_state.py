@@ -22,6 +22,8 @@ from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 EVERY = pytest.mark.parametrize(
     "row",
     rows(

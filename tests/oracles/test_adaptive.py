@@ -18,6 +18,8 @@ from tests.laws.trees import on_mesh
 from tests.oracles import adaptive, fixed
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SHAPES = {"a/bias": (3,), "a/kernel": (4, 3), "b/kernel": (2, 5)}
 STEPS = 500
 BAD = (7, 60, 130, 333)
