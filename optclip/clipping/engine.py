@@ -53,7 +53,8 @@ class ClipState(NamedTuple):
     Attributes:
       threshold: the threshold's state, () if it has none. For joint groupings arrays
         over the vector of groups; for groupings within leaves each array is a tree like
-        the parameters.
+        the parameters, in Flax's boxes where those are, whose sharding names the axes
+        that are left.
       metrics: what the last update saw; read them with `optclip.metrics`.
     """
 

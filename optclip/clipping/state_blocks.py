@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optclip._core import paths
 from optclip._core.groups import Groups
@@ -50,7 +51,7 @@ def packed(
     return jax.tree.map(like_params, blank, *states)
 
 
-def _boxed(param: Any, node: Any) -> Any:
+def _boxed(param: Tree, node: Tree) -> Tree:
     """What is kept of a parameter, in a box whose sharding names only axes it has."""
     kept = jax.tree_util.tree_leaves(node)
     shapes = [np.shape(leaf) for leaf in jax.tree_util.tree_leaves(param)]
@@ -71,18 +72,17 @@ def _boxed(param: Any, node: Any) -> Any:
 _NNX_NAMES = ("out_sharding", "optimizer_sharding")
 
 
-def _named(param: Shape, kept: Shape, names: Any) -> Any:
+def _named(param: Shape, kept: Shape, names: Any) -> object:
     """The names of the axes that are left of a parameter; leading axes have none."""
-    if isinstance(names, jax.sharding.NamedSharding):
-        spec = _named(param, kept, names.spec)
-        return jax.sharding.NamedSharding(names.mesh, spec)
-    own = [*names, *[None] * (len(param) - len(names))]
+    names = getattr(names, "sharding", names)  # a Format's layout is of all axes
+    own = getattr(names, "spec", names)
+    own = [*own, *[None] * (len(param) - len(own))]
     ends = zip(reversed(own), reversed(param), reversed(kept), strict=False)
     left = [name if was == now else None for name, was, now in ends][::-1]
     left = [None] * (len(kept) - len(left)) + left
-    if isinstance(names, jax.sharding.PartitionSpec):
-        return jax.sharding.PartitionSpec(*left)
-    return tuple(left)
+    if isinstance(names, NamedSharding):
+        return NamedSharding(names.mesh, PartitionSpec(*left))
+    return PartitionSpec(*left) if isinstance(names, PartitionSpec) else tuple(left)
 
 
 def unpacked(groups: Groups, blank: Any, state: optax.OptState) -> list[Any]:
