@@ -69,7 +69,8 @@ def _boxed(param: Tree, node: Tree) -> Tree:
     return jax.tree_util.tree_structure(node).children()[0].unflatten(kept)
 
 
-_NNX_NAMES = ("out_sharding", "optimizer_sharding")
+# The first is called like one of the last two before Flax 0.12.
+_NNX_NAMES = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def _named(param: Shape, kept: Shape, names: Any) -> object:

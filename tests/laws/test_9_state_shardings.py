@@ -232,7 +232,9 @@ def test_names_may_be_logical_or_few():
     assert mean["table"].names == (None, None)
 
 
-@pytest.mark.parametrize("key", ["out_sharding", "optimizer_sharding"])
+@pytest.mark.parametrize(
+    "key", ["out_sharding", "optimizer_sharding", "sharding", "sharding_names"]
+)
 def test_names_of_variables_take_every_form(key):
     mesh = mesh_of(AxisType.Auto)
     names = ("data", "model")
@@ -241,9 +243,7 @@ def test_names_of_variables_take_every_form(key):
     left = P(None, "model")
     wants = [tuple(left), left, NamedSharding(mesh, left), NamedSharding(mesh, left)]
     for given, wanted in zip(forms, wants, strict=True):
-        param = nnx.Param(
-            jnp.ones((8, 4)), eager_sharding=False, note="kept", **{key: given}
-        )
+        param = nnx.Param(jnp.ones((8, 4)), note="kept").replace(**{key: given})
         kept = _zclip({"kernel": param})["kernel"]
         assert isinstance(kept, nnx.Param)
         assert kept.get_metadata(key) == wanted and kept.get_metadata("note") == "kept"
