@@ -3,8 +3,9 @@
 A small Flax network learns a regression whose targets are in the hundreds, so the first
 gradients are too. With plain SGD the loss is NaN within one epoch; with a clip in front
 of the same SGD the network learns. The program prints the smallest useful use of
-optclip, trains once per rule, prints one table and draws one picture: the targets, the
-losses of every run, and what each clip measured next to its limit.
+optclip, trains once per rule, prints one table and what the norms of one run advise,
+and draws one picture: the targets, the losses of every run, and what each clip measured
+next to its limit.
 """
 
 import argparse
@@ -181,6 +182,11 @@ def print_table(runs: dict[str, Run]) -> None:
         print(f"{name:32}{errors}{run.clipped:12.1%}{norm:12.4g}{run.seconds:12.2f}")
 
 
+def advice(run: Run) -> str:
+    """What the norms of a run say of a limit for the next."""
+    return str(optclip.suggest(run.norm, clip_rate=0.05))
+
+
 def draw(targets, runs: dict[str, Run], path: pathlib.Path) -> None:
     """The targets and the losses, and below them one panel per rule."""
     columns = 4
@@ -255,6 +261,7 @@ def main() -> None:
             progress.set_description(f"{name:32}")
             runs[name] = train(rule, *data, chosen.epochs, progress)
     print_table(runs)
+    print(f"\nThe norms under spike_clip: {advice(runs['spike_clip'])}")
     picture = chosen.output / "regression.png"
     draw(targets, runs, picture)
     print(f"\nThe picture is in {picture}")

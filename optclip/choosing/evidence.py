@@ -80,6 +80,8 @@ def evidence(sizes: np.ndarray) -> tuple[Evidence, np.ndarray]:
     levels = _eighths(logs)
     lost = not finite[-max(3, len(sizes) // 100) :].any()
     rises = bool((np.diff(levels) > 0).mean() >= 0.85 and levels.argmin() == 0)
+    # What is left of a run that was soon lost need not rise at every step.
+    rises = rises or (lost and bool(finite.mean() < 0.5))
     growth = levels[-1] - levels[0]
     diverges = rises and growth > math.log(GROWTH_TO_NAN if lost else GROWTH)
 

@@ -230,3 +230,10 @@ GOOD = np.ones(60)
 def test_bad_input(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"suggest: .*{message}"):
         optclip.suggest(**arguments)
+
+
+def test_a_run_that_is_soon_lost_diverges():
+    """Though it has few finite steps, which do not grow at every one."""
+    sizes = np.full(600, np.nan)
+    sizes[:24] = 10.0 ** (np.arange(24) + 4 * (np.arange(24) % 3 == 0))
+    assert optclip.suggest(sizes).verdict == "diverges"

@@ -77,6 +77,12 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
+def test_the_run_is_given_advice(regression):
+    lines, _ = regression
+    (advice,) = (line for line in lines if line.startswith("The norms under"))
+    assert "diverges from the start" in advice and "Use a fixed limit" in advice
+
+
 def test_the_smallest_program_prints_what_the_clip_saw(regression):
     lines, _ = regression
     printed = dict(line.split() for line in lines if line.startswith("0/"))
