@@ -220,7 +220,10 @@ def _refuse(name: str, rule: Rule, blank: Tree, measure: str | None) -> None:
     except (TypeError, ValueError) as missing:
         raise wrong(f"a rule that says: {missing}") from None
     if len(_nodes(state, (ClipMetrics,))) > len(clips):
-        raise wrong("a rule that is built anew at each step; give the rule itself")
+        raise wrong(
+            "a rule of matrices, or one that is built anew at each step; give the rule "
+            "itself"
+        )
     pairs = zip(*map(jax.tree_util.tree_leaves, (up, down)), strict=True)
     if not all(np.array_equal(a, -b, equal_nan=True) for a, b in pairs):
         raise wrong("a rule that treats negative and positive numbers differently")

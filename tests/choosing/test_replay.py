@@ -118,7 +118,8 @@ NOTHING = (
         (optclip.adagc(measure=measures.rms), NOTHING + ", got rms of several leaves"),
         (
             optax.inject_hyperparams(optclip.clip_by_global_norm)(1.0),
-            NOTHING + ", got a rule that is built anew at each step",
+            NOTHING
+            + ", got a rule of matrices, or one that is built anew at each step",
         ),
         (
             optclip.clip_by_value(min_value=-1.0, max_value=2.0),

@@ -16,11 +16,15 @@ from tests.laws.table import ROWS, Row, rows
 SHAPES = {"dense": {"bias": (4,), "kernel": (3, 4)}, "head": (5,)}
 NAMES = ("head", "dense/kernel", "dense/bias")  # in another order than the tree's
 STEPS = 60
-KINDS = ("clip", "adaptive", "elementwise", "wrapper", "measuring")
+KINDS = (
+    *("clip", "enlarging", "adaptive", "elementwise", "wrapper", "measuring"),
+    "matrix",
+)
 REFUSED = {
     "unit": r"groups of per_unit\(",
     "element": r"groups of per_element\(",
     "example": r"groups of per_example\(",
+    "matrix": r"a rule of matrices",
 }
 
 
@@ -71,14 +75,14 @@ def really(rule: optax.GradientTransformation, grads: Any, measure: Any) -> Any:
 
 def is_refused(row: Row) -> bool:
     by_parts = row.oracle.get("grouping") in REFUSED and row.kind != "elementwise"
-    return by_parts or row.needs_params
+    return by_parts or row.needs_params or row.kind == "matrix"
 
 
 @pytest.mark.parametrize("row", rows(*KINDS))
 def test_replay_is_what_the_rule_does(row: Row, quick_compiles: None):
     rule, measure = row.build(2.0), measure_of(row)
     if is_refused(row):
-        got = REFUSED[row.oracle["grouping"]]
+        got = REFUSED["matrix" if row.kind == "matrix" else row.oracle["grouping"]]
         with pytest.raises(ValueError, match=rf"replay: rules\['rule'\] must .*{got}"):
             optclip.replay(np.ones((STEPS, 3)), {"rule": rule})
         return
@@ -107,7 +111,8 @@ def test_replay_is_what_the_rule_does(row: Row, quick_compiles: None):
         limit = metrics["limit"]
         limit = np.where(limit == np.finfo(limit.dtype).max, np.inf, limit)
         np.testing.assert_allclose(found.limit, limit, rtol=3e-5)
-    assert found.clipped.any() == (row.kind != "measuring")  # or it would show nothing
+    if row.kind != "enlarging":  # a floor clips nothing
+        assert found.clipped.any() == (row.kind != "measuring")
 
 
 def test_every_row_is_replayed_or_refused():

@@ -199,8 +199,8 @@ def test_is_a_scan_carry(row):
     )
     last, outs = scanned(tx.init(PARAMS), STACKED)
     for index, (want, _) in enumerate(run(row.name)):
-        assert_within_ulps(step(outs, index), want)
-    assert_within_ulps(last, run(row.name)[-1][1])
+        assert_within_ulps(step(outs, index), want, row.ulps)
+    assert_within_ulps(last, run(row.name)[-1][1], row.ulps)
 
 
 @EVERY
