@@ -168,6 +168,7 @@ def _within_modulus(path: str, x: jax.Array, max_delta: ArrayLike) -> jax.Array:
     bound = jnp.maximum(bound, jnp.zeros_like(bound))
     if not jnp.iscomplexobj(x):
         return _clamped(x, -bound, bound)
+    lost = jnp.isnan(x.real) | jnp.isnan(x.imag)
     # An infinite component is a direction: a finite one beside it adds nothing.
     infinite = jnp.isinf(x.real) | jnp.isinf(x.imag)
     x = jax.lax.complex(
@@ -182,7 +183,8 @@ def _within_modulus(path: str, x: jax.Array, max_delta: ArrayLike) -> jax.Array:
     x = jnp.where(over & jnp.isinf(size), x / 4, x)
     size = jnp.where(over, jnp.abs(x), size)
     target = jnp.where(over, bound, size)
-    return numerics.scale_by(x, numerics.factor(size, target))
+    # NaN stays, beside an infinity too; a bound of 0 would make it zero.
+    return jnp.where(lost, jnp.nan, numerics.scale_by(x, numerics.factor(size, target)))
 
 
 def _between(
