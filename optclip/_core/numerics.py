@@ -154,14 +154,16 @@ def _factor(size: jax.Array, target: jax.Array) -> jax.Array:
     half = 2.0 ** (int(info.maxexp) // 2)
     # A size so small that this product vanishes has no target below it.
     flushed = target < size * 2.0 ** (int(info.minexp) + 26)
-    kept = (size == 0) | (size == target)
+    kept = size == 0
+    if backend() == "gpu":  # where x / x need not be 1
+        kept |= size == target
     wanted = jnp.where(kept, 1, jnp.where(flushed, target * -half, target))
     # Where the size is not finite, a target of 0 still gives 0.
     present = jnp.where(flushed, size / half, size)
     ratio = wanted / jnp.where(kept | (target == 0), 1, present)
     if backend() != "gpu":
         return ratio
-    # A GPU's quotient may be off by 2 units in the last place.
+    # The quotient may be off by 2 units in the last place there.
     return jnp.where(target <= size, jnp.minimum(ratio, 1), ratio)
 
 

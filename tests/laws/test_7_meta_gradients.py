@@ -81,6 +81,20 @@ def test_finite(row, dtype, data):
         assert np.all(np.isfinite(trees.wide(x)))
 
 
+@pytest.mark.parametrize("row", rows("adaptive"))
+def test_finite_beside_a_leaf_whose_squares_overflow(row):
+    """What the plain sums gave, infinity, is not used, and its derivative is none."""
+    tree = {"large": jnp.full(3, 3e22), "small": jnp.full(3, 7e-19)}
+    tx = row.build(1.0)
+
+    def total(tree):
+        out, _ = tx.update(tree, None, tree)
+        return sum(jnp.sum(x) for x in out.values())
+
+    for slope in jax.tree.leaves(jax.jit(jax.grad(total))(tree)):
+        assert np.all(np.isfinite(slope))
+
+
 @functools.cache
 def derivative_of_stream(name):
     """By a stream of three steps, the first of which gives the parameters."""

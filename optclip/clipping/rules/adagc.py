@@ -91,8 +91,10 @@ def ema_multiple(
         size, combined = observation.size, observation.combined
         assert combined is not None  # the engine gives what `needs_combined` asks for
         norm = jnp.asarray(warmup_norm, size.dtype)
-        # In this order: norm / combined may be too small for a normal number.
-        share = numerics.quotient(size, jnp.where(combined > 0, combined, 1))
+        # In this order: norm / combined may be too small for a normal number. Only a
+        # group that is not finite, which `combined` leaves out, is larger than that.
+        whole = jnp.where(combined > 0, combined, 1)
+        share = numerics.quotient(jnp.minimum(size, whole), whole)
         together = jnp.where(combined > norm, share * norm, size)
         relative = jnp.asarray(multiple, size.dtype) * state.average
         return jnp.where(starting(state), together, relative)
