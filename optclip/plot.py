@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,10 +28,11 @@ from optclip._core.public import error, public
 from optclip.choosing import drawing
 from optclip.choosing.drawing import BLACK, BLUE, COLOURS, DASHES, GREY, RED
 from optclip.choosing.evidence import tail_index
-from optclip.choosing.logged_sizes import Recorded, Sizes, combined
+from optclip.choosing.logged_sizes import Sizes, combined
 from optclip.choosing.replay import Replay
 from optclip.choosing.suggest import Advice
 from optclip.choosing.sweep import Sweep
+from optclip.insight.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,23 +42,8 @@ __all__ = ["advice", "distribution", "history", "layers", "replay", "sweep"]
 NAMES = 40  # of leaves that fit beside a heat map
 
 
-class Recording(Recorded, Protocol):
-    """What is drawn of a recorder's history; see `History`."""
-
-    @property
-    def steps(self) -> np.ndarray: ...
-    @property
-    def limit(self) -> np.ndarray: ...
-    @property
-    def clipped(self) -> np.ndarray: ...
-    @property
-    def nonfinite(self) -> np.ndarray: ...
-    @property
-    def measure(self) -> str: ...
-
-
 @public
-def history(history: Recording, ax: Axes | None = None) -> Axes:
+def history(history: History, ax: Axes | None = None) -> Axes:
     """Size and limit at each recorded step; what was clipped or not finite is marked.
 
     Args:
@@ -94,7 +80,7 @@ def history(history: Recording, ax: Axes | None = None) -> Axes:
 
 
 @public
-def layers(history: Recording, ax: Axes | None = None) -> Axes:
+def layers(history: History, ax: Axes | None = None) -> Axes:
     """A heat map of the sizes of all leaves, or groups, over the steps.
 
     Args:
@@ -240,7 +226,7 @@ def advice(
             f"{len(column)}."
         )
     ax = drawing.axes(ax)
-    steps = getattr(sizes, "steps", np.arange(len(column)))
+    steps = sizes.steps if isinstance(sizes, History) else np.arange(len(column))
     usable = np.isfinite(column)
     if known.warmup:  # counts steps that have a logarithm
         last = np.flatnonzero(usable & (column > 0))[known.warmup - 1]
@@ -367,8 +353,8 @@ def sweep(sweep: Sweep, ax: Axes | None = None) -> Axes:
     return drawing.with_legend(ax)
 
 
-def _checked(history: Recording) -> Recording:
-    if not hasattr(history, "nonfinite"):
+def _checked(history: History) -> History:
+    if not isinstance(history, History):
         kind = type(history).__name__
         several = "; take one of them" if isinstance(history, dict) else ""
         raise error(f"history must be one History of optclip, got a {kind}{several}.")

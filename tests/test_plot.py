@@ -1,8 +1,9 @@
 """`optclip.plot`: what is in each picture, for every kind of log."""
 
+import dataclasses
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,30 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import optclip
-from optclip import plot
+from optclip import History, plot
 from tests.choosing.processes import PROCESSES
 from tests.untyped import untyped
 
 
-class Past(NamedTuple):
-    """The fields of a history that pictures read."""
-
-    names: tuple[str, ...]
-    steps: np.ndarray
-    sizes: np.ndarray
-    size: np.ndarray
-    limit: np.ndarray
-    clipped: np.ndarray
-    nonfinite: np.ndarray
-    measure: str = "l2"
-
-
-def recorded(steps: int = 60, leaves: int = 3, limit: float = 2.0) -> Past:
+def recorded(steps: int = 60, leaves: int = 3, limit: float = 2.0) -> History:
     rng = np.random.default_rng(0)
     sizes = np.exp(0.3 * rng.normal(size=(steps, leaves)))
     sizes[steps // 2 :][:1, -1] = np.nan
     size = np.sqrt((sizes**2).sum(1))
-    return Past(
+    return History(
         tuple(f"layer_{number}/kernel$" for number in range(leaves)),
         np.arange(steps) + 100,
         sizes,
@@ -117,7 +105,9 @@ def test_history_marks_what_was_clipped_and_what_was_lost():
 
 @pytest.mark.parametrize("limit", [np.inf, np.nan])
 def test_a_history_without_limits_has_no_line_for_them(limit: float):
-    past = PAST._replace(limit=np.full(60, limit), clipped=np.zeros(60, bool))
+    past = dataclasses.replace(
+        PAST, limit=np.full(60, limit), clipped=np.zeros(60, bool)
+    )
     assert set(lines(drawn(plot.history(past)))) == {"size", "not"}
 
 
@@ -125,8 +115,11 @@ def test_a_history_without_limits_has_no_line_for_them(limit: float):
 @pytest.mark.parametrize("picture", [plot.history, plot.layers])
 def test_a_history_of_one_number(picture: Any, size: float):
     every = np.full((5, 2), size)
-    past = recorded(5, 2)._replace(sizes=every, size=every[:, 0])
-    drawn(picture(past._replace(nonfinite=~np.isfinite(every))))
+    bad = ~np.isfinite(every)
+    past = dataclasses.replace(
+        recorded(5, 2), sizes=every, size=every[:, 0], nonfinite=bad
+    )
+    drawn(picture(past))
 
 
 def test_layers_has_a_row_for_each_leaf_and_a_cross_where_one_was_lost():

@@ -96,7 +96,8 @@ def whole(measured: Where | None = None, applied: Where | None = None) -> Groupi
 
     Edge cases: NaN in a leaf that is measured makes all applied leaves NaN (or zero, as
     `nonfinite` says), whether or not they were measured; NaN in one that is not
-    measured stays where it is, and is not counted.
+    measured stays where it is, and is not counted. While what is measured has size 0
+    nothing is scaled, at a limit of 0 or NaN either: such a norm gives no factor.
 
     Raises:
       ValueError: if one of them is no pattern, predicate or tree of booleans; at init

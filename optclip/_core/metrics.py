@@ -141,15 +141,12 @@ def furthest(blocks: list[_Summary]) -> jax.Array:
     for number, block in enumerate(blocks):
         by_axes.setdefault(meshes.varying_axes(block.clipped), {})[number] = block
     for axes, own in by_axes.items():
-        if not axes:
-            met = _Summary(
-                *map(jnp.stack, zip(*map(_known, own.values()), strict=True))
-            )
-        else:
+        sizes = [block.size for block in own.values()]
+        if axes:
             numbers = jnp.stack([jnp.stack(_known(block)) for block in own.values()])
             numbers = meshes.from_all(numbers, axes)
-            met = jax.vmap(lambda x: _reduced(*x.T), 1)(numbers)
-        found |= dict(zip(own, met.size, strict=True))
+            sizes = jax.vmap(lambda x: _reduced(*x.T), 1)(numbers).size
+        found |= dict(zip(own, sizes, strict=True))
     return jnp.stack([found[number] for number in range(len(blocks))])
 
 

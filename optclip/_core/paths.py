@@ -38,8 +38,8 @@ class Path(str):
         path.place = place
         return path
 
-    def __getnewargs__(self) -> tuple[Place]:  # type: ignore[override]
-        return (self.place,)
+    def __reduce__(self) -> tuple[type[Path], tuple[Place]]:
+        return Path, (self.place,)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Path):

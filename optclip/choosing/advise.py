@@ -183,27 +183,31 @@ def _usual(
 def _parsed(text: str) -> dict[str, optax.GradientTransformation]:
     """Rules as a user writes them: names, or calls with numbers."""
     try:
-        nodes = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
-    except (SyntaxError, AttributeError):
-        raise error(f"--rules must be names or calls of rules, got {text!r}.") from None
-    names = list(map(ast.unparse, nodes))
+        found = ast.parse(f"[{text}]", mode="eval").body
+    except SyntaxError:
+        found = None
+    if not isinstance(found, ast.List):
+        raise error(f"--rules must be names or calls of rules, got {text!r}.")
+    names = list(map(ast.unparse, found.elts))
     if len(set(names)) < len(names):
         raise error(f"--rules must be different, got {text!r}.")
-    return dict(zip(names, map(_rule, nodes), strict=True))
+    return dict(zip(names, map(_rule, found.elts), strict=True))
 
 
 def _rule(node: ast.expr) -> optax.GradientTransformation:
-    named = node.func if isinstance(node, ast.Call) else node
-    name = named.id if isinstance(named, ast.Name) else ast.unparse(named)
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = ast.unparse(call.func)
     checks.known(RULES, **{"--rules": name})
-    if not isinstance(node, ast.Call):
-        node = ast.Call(named, [], [])
     try:
-        args = list(map(ast.literal_eval, node.args))
-        return RULES[name](
-            *args,
-            **{str(word.arg): ast.literal_eval(word.value) for word in node.keywords},
-        )
+        args = list(map(ast.literal_eval, call.args))
+        words = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except ValueError:
+        raise error(
+            "--rules must have numbers or texts as arguments, "
+            f"got {ast.unparse(node)!r}."
+        ) from None
+    try:
+        return RULES[name](*args, **words)
     except TypeError as wrong:
         raise error(f"--rules must be calls that rules take, got {wrong}.") from None
 

@@ -8,30 +8,16 @@ kept, has one for each leaf or group. What is no size is refused here, by name.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from optclip._core.measures import MAX, Measure
 from optclip._core.public import error
+from optclip.insight.history import History
 
-
-class Recorded(Protocol):
-    """What is read of a recorder's history: sizes by step and group, and their names.
-
-    `size` has the size that the rule compared with its limit at each step.
-    """
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def sizes(self) -> np.ndarray: ...
-    @property
-    def size(self) -> np.ndarray: ...
-
-
-Sizes: TypeAlias = ArrayLike | Recorded
+Sizes: TypeAlias = ArrayLike | History
 
 
 class Logged(NamedTuple):
@@ -53,18 +39,17 @@ def logged(sizes: Sizes) -> Logged:
       ValueError: if they are no numbers, complex, negative, none at all, of another
         shape, or if a history's names do not fit them.
     """
-    names = getattr(sizes, "names", None)
-    found = _table(sizes.sizes if names is not None else sizes)  # type: ignore[union-attr]
+    past = sizes if isinstance(sizes, History) else None
+    found = _table(sizes.sizes if isinstance(sizes, History) else sizes)
     column = found.ndim == 1
     table = found[:, None] if column else found
-    if names is None:
-        names = tuple(map(str, range(table.shape[1])))
+    names = past.names if past else tuple(map(str, range(table.shape[1])))
     if len(names) != table.shape[1] or len(set(names)) != len(names):
         raise error(
             f"sizes must have one name for each column, got {len(names)} names, "
             f"{len(set(names))} of them different, for {table.shape[1]} columns."
         )
-    return Logged(tuple(names), table, column, getattr(sizes, "measure", None))
+    return Logged(names, table, column, past.measure if past else None)
 
 
 def combined(sizes: Sizes, measure: Measure) -> np.ndarray:
@@ -73,11 +58,12 @@ def combined(sizes: Sizes, measure: Measure) -> np.ndarray:
     Raises:
       ValueError: as `logged`; if means of several groups would have to be joined.
     """
-    if hasattr(sizes, "names"):
-        of = getattr(sizes, "measure", repr(measure))
-        if of != repr(measure):
-            raise error(f"measure must be that of the sizes, {of}, got {measure}.")
-        return logged(sizes.size).sizes[:, 0]  # type: ignore[union-attr]
+    if isinstance(sizes, History):
+        if sizes.measure != repr(measure):
+            raise error(
+                f"measure must be that of the sizes, {sizes.measure}, got {measure}."
+            )
+        return _table(sizes.size)
     table = logged(sizes).sizes
     if table.shape[1] == 1:
         return table[:, 0]

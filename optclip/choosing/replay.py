@@ -27,6 +27,7 @@ from optclip._core.types import Tree
 from optclip.choosing.logged_sizes import Sizes, logged
 from optclip.clipping.engine import Clip
 from optclip.clipping.rules.skip_step import SkipState
+from optclip.insight.history import History
 
 Rule = optax.GradientTransformation
 
@@ -117,7 +118,7 @@ def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
     [1.  1.1 0.9 2.  1. ] 0.2
     """
     known = logged(sizes)
-    if getattr(sizes, "parts", None) == "units":
+    if isinstance(sizes, History) and sizes.parts == "units":
         raise error(
             "sizes must be those of leaves or groups, got those of single units of "
             "each leaf."
@@ -126,8 +127,7 @@ def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
     # As wide as gradients would be: `jnp.asarray` narrows float64 unless x64 is on.
     with _on_cpu(), np.errstate(over="ignore"):
         rows = jnp.asarray(known.sizes)
-        order, shape = jax.tree_util.tree_flatten(_tree(known.names))
-        blank = shape.unflatten([jnp.zeros((1,), rows.dtype) for _ in order])
+        blank = jax.tree.map(lambda _: jnp.zeros((1,), rows.dtype), _tree(known.names))
         for name, rule in rules.items():
             _refuse(name, rule, blank, known.measure)
         found = _run(tuple(rules.values()), known.names, rows)

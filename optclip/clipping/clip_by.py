@@ -69,10 +69,9 @@ def clip_by(
 
     Returns:
       A gradient transformation with state `ClipState`, or `RecordedClipState` if it
-      records. Updates keep their dtypes,
-      shapes, shardings and tree; integers, random keys, float0, None and MaskedNode
-      pass untouched. `update(updates, None)` starts from a fresh state, and `init`
-      takes trees of `jax.ShapeDtypeStruct` too.
+      records. Updates keep their dtypes, shapes, shardings and tree; integers, random
+      keys, float0, None and MaskedNode pass untouched. `update(updates, None)` starts
+      from a fresh state, and `init` takes trees of `jax.ShapeDtypeStruct` too.
 
     Edge cases: a group within its limit keeps its bits. Limit infinity: identity.
     Limit 0, size 0: zeros. Limit NaN: NaN. Half precision: sizes are float32, results

@@ -320,7 +320,8 @@ class Clip:
         alone = apart(groups, leaves[0]) if self.with_leaves else None
         sizes = precise_sizes(groups, leaves[0], self.measure, rough, alone)
         own = None
-        for params in beside:
+        if beside:
+            (params,) = beside
             assert known.params is not None
             plain = by_group(params, [x.astype(params.dtype) for x in known.params])
             found = precise_sizes(params, leaves[1], self.measure, plain)

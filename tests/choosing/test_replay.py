@@ -9,7 +9,8 @@ import pytest
 
 import optclip
 from optclip import groupings, measures, thresholds
-from tests.choosing.histories import Recorded
+from optclip.clipping.recorder import Parts
+from tests.choosing.histories import recorded
 
 SIZES = [1.0, 4.0, np.nan, 0.0, 2.0]
 TWO = optclip.clip_by_global_norm(2.0)
@@ -55,7 +56,7 @@ def test_a_schedule_and_a_wrapper():
 
 def test_labels_and_limits_go_by_the_paths_of_a_history():
     names = ("enc/a", "head", "enc/b")
-    history = Recorded(names=names, sizes=np.full((2, 3), 4.0), size=np.ones(2))
+    history = recorded(names=names, sizes=np.full((2, 3), 4.0), size=np.ones(2))
     rules = {
         "label": optclip.clip_by(
             5.0, grouping=groupings.per_label({"enc": "e", "head": "h"})
@@ -71,7 +72,7 @@ def test_labels_and_limits_go_by_the_paths_of_a_history():
     np.testing.assert_allclose(found["path"].out[1], [1, 3, 1], rtol=1e-6)
     assert found["path"].touched == 1
     # Paths of which one is the start of another stay apart.
-    clash = Recorded(names=("a", "a/b"), sizes=np.full((1, 2), 4.0), size=np.ones(1))
+    clash = recorded(names=("a", "a/b"), sizes=np.full((1, 2), 4.0), size=np.ones(1))
     assert optclip.replay(clash, {"two": TWO})["two"].out.shape == (1, 2)
 
 
@@ -137,9 +138,8 @@ NOTHING = (
     ],
 )
 def test_what_cannot_be_replayed(rule: Any, message: str):
-    history = Recorded(("a", "b"), np.ones((2, 2)), np.ones(2), measure=None)
     with pytest.raises(ValueError, match=f"^replay: {message}"):
-        optclip.replay(history, {"r": rule})
+        optclip.replay(np.ones((2, 2)), {"r": rule})
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_what_cannot_be_replayed(rule: Any, message: str):
         ),
     ],
 )
-def test_what_a_history_says_of_itself(measure: str, parts: str, message: str):
-    history = Recorded(("a", "b"), np.ones((60, 2)), np.ones(60), measure, parts)
+def test_what_a_history_says_of_itself(measure: str, parts: Parts, message: str):
+    history = recorded(("a", "b"), np.ones((60, 2)), np.ones(60), measure, parts)
     with pytest.raises(ValueError, match=f"^replay: {message}"):
         optclip.replay(history, {"two": TWO})
     if parts == "units":  # whose `size` is what the limit was compared with
@@ -189,7 +189,7 @@ def test_averages_of_single_leaves_are_replayed():
         ([], {"a": TWO}, r"sizes must be .* got shape \(0,\)"),
         (jnp.ones((1, 1, 1)), {"a": TWO}, r"sizes must be .* got shape \(1, 1, 1\)"),
         (
-            Recorded(names=("a", "a"), sizes=np.ones((3, 2)), size=np.ones(3)),
+            recorded(names=("a", "a"), sizes=np.ones((3, 2)), size=np.ones(3)),
             {"a": TWO},
             "must have one name for each column, got 2 names, 1 of them different",
         ),

@@ -13,7 +13,7 @@ import pytest
 import optclip
 from optclip import measures
 from optclip.choosing.limit_for_rate import correlation_time, limit_for_rate
-from tests.choosing.histories import Recorded
+from tests.choosing.histories import recorded
 from tests.choosing.processes import PROCESSES, STEPS
 
 SEEDS = 200
@@ -189,7 +189,7 @@ def test_values():
 def test_a_table_is_joined_by_the_measure():
     table = np.stack([3 * np.ones(60), 4 * np.ones(60)], 1)
     table[7, 1] = np.inf
-    history = Recorded(names=("a", "b"), sizes=table, size=4 * np.ones(60))
+    history = recorded(names=("a", "b"), sizes=table, size=4 * np.ones(60))
     for sizes, measure, limit in (
         (table, measures.l2, 5.0),
         (table, measures.l1, 7.0),

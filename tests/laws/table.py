@@ -23,7 +23,8 @@ class Row(NamedTuple):
     Attributes:
       name: unique, the test's id.
       kind: "matrix" (singular values bounded: `tests/test_spectral_clip.py` instead of
-        laws 1 to 3), "clip" (groups scaled down to a limit), "enlarging" (up to it, or
+        laws 1 to 3, 7, 9 and 11, for it factorises: it gathers split matrices and keeps
+        copies), "clip" (groups scaled down to a limit), "enlarging" (up to it, or
         up and down: law 13 instead of laws 1 to 3), "adaptive" (to a limit that the
         rule sets itself, from a history as short as it takes for two steps to teach
         it),
@@ -53,6 +54,8 @@ class Row(NamedTuple):
       sums: how many times a joint rule's program holds the sums of a global norm: once,
         and once more in the second pass, which looks for the largest element first
         where summands are higher powers than squares.
+      dtypes: in which the laws of values run it, None for all: what a rule records
+        changes no update, as a test of its own compares bit for bit.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Row(NamedTuple):
     ulps: int = 2
     least_limit: float = 0.0
     fuses: bool | str = True
+    dtypes: tuple[str, ...] | None = None
     sums: int = 2
 
 
@@ -196,6 +200,7 @@ ROWS = [
         {"grouping": "whole"},
         public="clip_by_global_norm",
         argument="max_norm",
+        dtypes=("float32",),
     ),
     Row(
         "clip_by_norm",
@@ -235,6 +240,7 @@ ROWS = [
         {"grouping": "unit"},
         public="clip_by_norm",
         argument="max_norm",
+        dtypes=("float32",),
     ),
     Row(
         "clip_by_block_rms",
@@ -360,7 +366,9 @@ ROWS = [
     _adaptive("autoclip", percentile=40.0, window=3),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
     _adaptive("adagc", "leaf", warmup_steps=2),
-    _adaptive("adagc", "leaf", warmup_steps=2, record=2)._replace(name="adagc-record"),
+    _adaptive("adagc", "leaf", warmup_steps=2, record=2)._replace(
+        name="adagc-record", dtypes=("float32", "bfloat16")
+    ),
     _adaptive("quantile_clip"),
     _adaptive("norm_growth_clip", "leaf"),
     _adaptive(
@@ -397,6 +405,7 @@ ROWS = [
         lambda limit: optclip.monitor(record=2),
         {"grouping": "whole"},
         public="monitor",
+        dtypes=("float32",),
     ),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 
 import optclip
 from optclip import measures
-from tests.choosing.histories import Recorded
+from tests.choosing.histories import recorded
 from tests.laws.table import ROWS, Row, rows
 
 SHAPES = {"dense": {"bias": (4,), "kernel": (3, 4)}, "head": (5,)}
@@ -87,7 +87,7 @@ def test_replay_is_what_the_rule_does(row: Row, quick_compiles: None):
             optclip.replay(np.ones((STEPS, 3)), {"rule": rule})
         return
     size, out, metrics = really(rule, stream(), measure)
-    history = Recorded(NAMES, size, size.max(1), repr(measure))
+    history = recorded(NAMES, size, size.max(1), repr(measure))
     found = optclip.replay(history, {"rule": rule})["rule"]
     np.testing.assert_array_equal(found.size, size)
     np.testing.assert_allclose(found.out, out, rtol=3e-5)

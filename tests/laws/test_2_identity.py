@@ -52,8 +52,9 @@ def test_infinity_and_zero(row, dtype, data):
     zeros, _ = trees.run(row, Case(tree, limit(0.0)))
     for path, x in tree.items():
         assert unchanged[path].tobytes() == x.tobytes(), path
-    for group in trees.groups_of(row, zeros):
-        assert np.all(trees.values(zeros, group) == 0)
+        # A norm of 0 gives leaves that are not in it no factor.
+        if row.oracle["grouping"] != "kernels" or trees.sizes_of(row, tree)[0] > 0:
+            assert np.all(zeros[path] == 0), path
 
 
 @pytest.mark.parametrize(

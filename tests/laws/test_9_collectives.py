@@ -72,7 +72,7 @@ def _check(row: Row, found: Collectives, leaves: int, spec: P):
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize(
-    "row", rows("clip", "adaptive", "elementwise", "measuring", "wrapper")
+    "row", rows("clip", "enlarging", "adaptive", "elementwise", "measuring", "wrapper")
 )
 def test_collectives_do_not_grow_with_the_leaves(row, axis_type):
     spec = P("data", "model")

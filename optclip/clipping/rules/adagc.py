@@ -152,7 +152,8 @@ def adagc(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: a norm of zero is not learned from, so an idle leaf is not clipped to
     zero when it wakes up.

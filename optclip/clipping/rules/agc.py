@@ -103,7 +103,8 @@ def adaptive_grad_clip(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`; `update` needs the parameters.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records); `update` needs the parameters.
 
     Edge cases: the metrics are of the unit furthest over its limit, often one of a bias
     that is still zero, whose limit is clipping · eps.

@@ -104,7 +104,8 @@ def norm_growth_clip(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: the first norm passes; a norm of zero is not learned from, so one empty
     step does not hold a leaf at zero.

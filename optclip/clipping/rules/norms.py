@@ -52,7 +52,8 @@ def clip_by_global_norm(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: the norm is right over all of float32's range, in every dtype (a
     float16 [300, 400] clipped to 1 gives [0.6, 0.8]). 0 gives zeros, infinity never
@@ -111,7 +112,8 @@ def clip_by_norm(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: as for `clip_by_global_norm`, group by group.
 
@@ -163,7 +165,8 @@ def clip_by_block_rms(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: as for `clip_by_global_norm`, group by group.
 

@@ -115,7 +115,7 @@ def second_moment_clip(
         zero.
       axis_name: the mesh axes that groups span inside `shard_map` or `pmap`, see
         `clip_by`.
-      record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
+      record: None or 0; elements are too many to be recorded.
 
     Returns:
       A gradient transformation with state `ClipState`.

@@ -174,7 +174,8 @@ def spike_clip(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: the first norm passes; a norm of zero is not learned from.
 

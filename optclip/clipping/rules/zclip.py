@@ -185,7 +185,8 @@ def zclip(
       record: how many of the last steps are kept for `optclip.history`, see `clip_by`.
 
     Returns:
-      A gradient transformation with state `ClipState`.
+      A gradient transformation with state `ClipState` (`RecordedClipState` if it
+      records).
 
     Edge cases: a norm of zero is not learned from.
 
