@@ -171,16 +171,19 @@ def trees(draw: Any, row: Row, dtype: str, zeros: bool = True) -> fixed.Tree:
             x = np.where(rng.uniform(size=shape) < 0.2, x.real * (1 - 0j), x)
         # In two factors: the power of ten itself can lie below the dtype's range.
         x = x * 10.0 ** max(top - below, low)
-        tiny = float(info(dtype).smallest_normal)
-        if dtype == "float16":  # widened, its subnormals are ordinary numbers
-            tiny = float(info(dtype).smallest_subnormal)
-        if np.iscomplexobj(x):
-            real, imag = (np.where(np.abs(p) < tiny, 0, p) for p in (x.real, x.imag))
-            x = real + 1j * imag
-        else:
-            x = np.where(np.abs(x) < tiny, np.copysign(0.0, x), x)
-        tree[path] = x.astype(dtype)
+        tree[path] = _normal(x, dtype)
     return tree
+
+
+def _normal(x: np.ndarray, dtype: str) -> np.ndarray:
+    """In a dtype, with a zero for what is below its smallest normal number."""
+    tiny = float(info(dtype).smallest_normal)
+    if dtype == "float16":  # widened, its subnormals are ordinary numbers
+        tiny = float(info(dtype).smallest_subnormal)
+    if np.iscomplexobj(x):
+        real, imag = (np.where(np.abs(p) < tiny, 0, p) for p in (x.real, x.imag))
+        return (real + 1j * imag).astype(dtype)
+    return np.where(np.abs(x) < tiny, np.copysign(0.0, x), x).astype(dtype)
 
 
 def _filled(fill: str, shape: tuple[int, ...], rng: Any) -> np.ndarray:
@@ -219,7 +222,10 @@ def streams(draw: Any, row: Row, dtype: str) -> list[fixed.Tree]:
     tree = draw(trees(row, dtype))
     powers = st.lists(st.sampled_from((0, 1, 2, 3, 9, None)), min_size=3, max_size=5)
     levels = [0.0 if p is None else 2.0**-p for p in draw(powers, label="levels")]
-    return [{p: (x * level).astype(dtype) for p, x in tree.items()} for level in levels]
+    return [
+        {p: _normal(wide(x) * level, dtype) for p, x in tree.items()}
+        for level in levels
+    ]
 
 
 @st.composite

@@ -64,7 +64,9 @@ def target(size: float, limit: float, action: str) -> float:
     if action == "rescale":
         return min(size, limit)
     if action == "smooth":
-        return 0.0 if size == 0 or limit == 0 else size / (1 + size / limit)
+        # By the ratio of the smaller to the larger, which never overflows.
+        small, large = sorted((size, limit))
+        return small if large in (0, np.inf) else small / (1 + small / large)
     if action == "normalize":
         return size if np.isinf(limit) else limit
     if action == "floor":
