@@ -15,6 +15,7 @@ import argparse
 import datetime
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -211,8 +212,8 @@ def main() -> None:
     if chosen.accelerator:
         if chosen.out is None:
             options.error("--accelerator needs --out, the folder for its results")
-        accelerator.run(chosen.out, chosen.minutes, chosen.scale, chosen.races)
-        return
+        left = accelerator.run(chosen.out, chosen.minutes, chosen.scale, chosen.races)
+        sys.exit(left)
     whole = ("shapes", "dtypes", "contexts", "rules", "scale")
     changed = [x for x in whole if getattr(chosen, x) != options.get_default(x)]
     if chosen.save and changed:

@@ -534,12 +534,14 @@ def run(out: pathlib.Path, minutes: float, scale: float, wanted: str = "") -> in
             entered = RACES[name](scale)
             if isinstance(entered, dict):
                 compiled = time.monotonic() - start
+                # Profiles of a race take some seconds, and one has taken half a minute:
+                # in the last minute they would cost the next race.
                 profiles = end - time.monotonic() > 60
                 found = list(records(entered, race(entered), profiles))
                 print(f"  compiled in {compiled:.0f} s", flush=True)
             else:
                 found = entered
-            entered = None
+            entered = None  # so that its arrays are free before the next race's
         except Exception as reason:  # one race's failure must not cost the others
             found = [{"name": "failed", "error": f"{type(reason).__name__}: {reason}"}]
         results["races"][name] = found

@@ -53,6 +53,15 @@ def pytest_configure(config):
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+@pytest.fixture(autouse=True)
+def _one_device(request, monkeypatch):
+    """`--branch-free` outside of meshes: programs for a single GPU."""
+    if request.config.getoption("--branch-free") and "test_9" not in request.path.name:
+        from optclip._core import numerics
+
+        monkeypatch.setattr(numerics, "devices", lambda: 1)
+
+
 # Laws that run the same compiled functions (`tests.laws.trees`).
 SHARED = re.compile(r"laws/test_[12346]_")
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip._core import meshes, numerics, paths
+from optclip._core import meshes, numerics, paths, small_leaves
 from optclip._core.groupings import Grouping
 from optclip._core.public import error
 from optclip._core.rounding import power_of_two
@@ -287,7 +287,9 @@ def rescaled(
     """
     flat, treedef = jax.tree_util.tree_flatten(tree)
     for group, size, target in zip(groups.groups, sizes, targets, strict=True):
-        own = {index: leaves[index] for index in group.scaled}
+        own = [((index,), leaves[index]) for index in group.scaled]
+        if size.ndim == 0 and numerics.backend() == "gpu":
+            own = small_leaves.vectors(group.scaled, leaves)
         if enlarging:
             # First by a power of two to near the target, or near 1: target / size may
             # not fit the dtype, nor that over the size again, as derivatives have it.
@@ -295,15 +297,21 @@ def rescaled(
             goal = power_of_two(jnp.minimum(target, 1))
             lift = jnp.where(small, 2 * goal / power_of_two(size), 1)
             size = size * lift
-            own = {n: numerics.scale_by(x, aligned(lift, x)) for n, x in own.items()}
+            own = [(n, numerics.scale_by(x, aligned(lift, x))) for n, x in own]
         if not groups.joint and not group.members[0].axes:  # a group is one element
-            ((index, leaf),) = own.items()
+            (((index,), leaf),) = own
             flat[groups.places[index]] = numerics.resized(leaf, size, target)
             continue
         ratio = numerics.factor(size, target)
-        for index, leaf in own.items():
+        for indices, leaf in own:
             spread = ratio if ratio.ndim in (0, leaf.ndim) else aligned(ratio, leaf)
-            flat[groups.places[index]] = numerics.scale_by(leaf, spread)
+            scaled = numerics.scale_by(leaf, spread)
+            parts = [scaled]
+            if len(indices) > 1:
+                shapes = [leaves[index].shape for index in indices]
+                parts = small_leaves.apart(leaf, scaled, ratio == 1, shapes)
+            for index, part in zip(indices, parts, strict=True):
+                flat[groups.places[index]] = part
     return jax.tree_util.tree_unflatten(treedef, flat)
 
 

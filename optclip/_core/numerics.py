@@ -18,8 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optclip._core.types import Arrays
 
-# The platform that programs are made for; tests replace it.
+# The platform that programs are made for, and on how many devices; tests replace them.
 backend = jax.default_backend
+devices = jax.device_count
 
 
 def is_measured(leaf: Any) -> bool:

@@ -50,8 +50,11 @@ def summed_sizes(
     by_mesh: dict[meshes.MeshAxes, dict[tuple[int, int], Arrays]] = {}
     for number, group in enumerate(each):
         scale = None if scales is None else scales[owners[number]]
-        for index, axes, mesh in group.members:
-            leaf, own = leaves[index], scale
+        summed = [(leaves[m.index], m.axes, m.mesh) for m in group.members]
+        if in_one and groups.joint:
+            summed = three_sums.in_rows(group, leaves)
+        for leaf, axes, mesh in summed:
+            own = scale
             if scale is not None and scale.ndim not in (0, leaf.ndim):
                 own = aligned(scale, leaf)
             how = axes, not groups.joint, groups.dtype
@@ -65,7 +68,10 @@ def summed_sizes(
 
     totals: dict[tuple[int, int], Arrays] = {}
     for mesh, parts in by_mesh.items():
-        of_mesh = [joined(measure.combine, own) for own in parts.values()]
+        if in_one and groups.joint:
+            of_mesh = three_sums.totals_of_rows(list(parts.values()))
+        else:
+            of_mesh = [joined(measure.combine, own) for own in parts.values()]
         if mesh:
             of_mesh = _across(measure.combine.across, of_mesh, mesh)
         for key, total in zip(parts, of_mesh, strict=True):

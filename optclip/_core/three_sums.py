@@ -4,27 +4,72 @@
 
 Which of them holds is seen when all are there: the first if it is finite and not tiny,
 then it is the same number as on CPU; the second for tiny groups; the third for huge
-ones. A GPU waits for memory and has arithmetic to spare, while the predicate of a
-conditional may have to travel to the host and back in the middle of a step. On CPU the
-three sums would take four times as long as one.
+ones. A GPU waits for memory and has arithmetic to spare; on CPU the three sums would
+take four times as long as one.
+
+On an H100 the host waits for neither form, and profiles show no copy to it: the one
+pass saves 0.05 of the 0.34 ms that a step of a small network takes with a conditional.
+That holds for whole leaves and squares: units keep the conditional, and measures of
+other powers take two passes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip._core import numerics
+from optclip._core import meshes, numerics, small_leaves
+from optclip._core.groups import Arrays, Group
+
+ROW = 256  # elements that are summed before they meet those of other leaves
 
 
 def scales(dtype: np.dtype) -> tuple[float, float, float]:
     """What multiplies the elements in each of the sums."""
     usable = numerics.RANGES[dtype]
     return 1.0, usable.up, usable.down
+
+
+def in_rows(
+    group: Group, leaves: Arrays
+) -> list[tuple[jax.Array, tuple[int, ...], meshes.MeshAxes]]:
+    """Whole leaves, the axes to sum over first, and the mesh axes to sum over at last.
+
+    Where nobody has a part of a leaf, small leaves come as one, and the sums of rows of
+    large ones wait for those of the other leaves: XLA:GPU would take a second kernel
+    for each leaf and each of the three sums.
+    """
+    by_mesh: dict[meshes.MeshAxes, list[int]] = {}
+    for index, _, mesh in group.members:
+        by_mesh.setdefault(mesh, []).append(index)
+    found = []
+    for mesh, indices in by_mesh.items():
+        for _, leaf in small_leaves.vectors(indices, leaves):
+            first = 0
+            if small_leaves.on_one_device(leaf):
+                long = [math.prod(leaf.shape[n:]) >= ROW for n in range(leaf.ndim)]
+                first = max(long.count(True) - 1, 0)
+            found.append((leaf, tuple(range(first, leaf.ndim)), mesh))
+    return found
+
+
+def totals_of_rows(parts: list[Arrays]) -> Arrays:
+    """The three totals of each group from the sums of its rows, three lists a group."""
+    found = []
+    for start in range(0, len(parts), 3):
+        sums = parts[start : start + 3]
+        if len(sums[0]) == 1 and sums[0][0].ndim == 0:
+            found += [total for (total,) in sums]
+            continue
+        rows = [jnp.concatenate([x.reshape(-1) for x in own]) for own in sums]
+        # Without a barrier XLA would sum the rows of every leaf by themselves.
+        found += list(jnp.sum(jax.lax.optimization_barrier(jnp.stack(rows)), axis=1))
+    return found
 
 
 # Jitted so that equal leaves are traced once.

@@ -1,0 +1,72 @@
+"""Small leaves of one group as one vector, for programs for a GPU.
+
+    (64, 64), (64,), (64, 64), ... ──vectors──▶ (4096 · 45,), (64 · 45,), ...
+
+To start a kernel for a leaf of 256 KB keeps the host for longer than the device needs
+to copy it. A vector is summed in one kernel, and XLA:GPU scales the leaves of one shape
+that are slices of one vector in one kernel too. Where there are more devices than one,
+leaves stay what they are, for XLA would gather what a vector is made of; and on CPU,
+where a kernel costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optclip._core import numerics
+from optclip._core.types import Shape
+
+SMALL = 2**16  # elements
+# Leaves in one vector: XLA:GPU gives no kernel more than 96 operands and results.
+MOST = 45
+
+
+def on_one_device(leaf: jax.Array) -> bool:
+    """Whether a program for a GPU may rearrange a leaf: nobody has a part of it."""
+    if numerics.backend() != "gpu" or numerics.devices() != 1:
+        return False
+    mesh = jax.typeof(leaf).sharding.mesh
+    return not (mesh.manual_axes or mesh.explicit_axes)
+
+
+def vectors(
+    indices: Sequence[int], leaves: list[jax.Array]
+) -> list[tuple[tuple[int, ...], jax.Array]]:
+    """The leaves with these numbers, small ones of one dtype as vectors, by size."""
+    found, small = [], {}
+    for index in indices:
+        leaf = leaves[index]
+        if leaf.size <= SMALL and on_one_device(leaf):
+            small.setdefault(leaf.dtype, []).append(index)
+        else:
+            found.append(((index,), leaf))
+    for alike in small.values():
+        alike.sort(key=lambda index: leaves[index].shape)
+        for start in range(0, len(alike), MOST):
+            own = tuple(alike[start : start + MOST])
+            vector = leaves[own[0]]
+            if len(own) > 1:
+                parts = [leaves[index].reshape(-1) for index in own]
+                # Without a barrier XLA would undo this, and slice the leaves instead.
+                vector = jax.lax.optimization_barrier(jnp.concatenate(parts))
+            found.append((own, vector))
+    return found
+
+
+def apart(
+    vector: jax.Array, scaled: jax.Array, kept: jax.Array, shapes: list[Shape]
+) -> list[jax.Array]:
+    """Leaves of these shapes, one after the other, from a vector where it is kept.
+
+    XLA:GPU makes one kernel of slices of a choice, but one each of slices of an array
+    that is there, or that takes more to compute. Hence the second choice.
+    """
+    chosen = numerics.choose(kept, vector, jax.lax.optimization_barrier(scaled))
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = jnp.split(chosen, ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
