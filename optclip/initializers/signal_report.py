@@ -222,8 +222,9 @@ def _verdict(rows: tuple[Signal, ...]) -> str:
             continue
         first, second = np.triu_indices(len(log), 1)
         slope = float(np.median((log[second] - log[first]) / (second - first)))
-        fold = f"{math.exp(abs(slope)):.3g}-fold a layer"
-        told = f"{name} {'grows' if slope > 0 else 'falls'} {fold}"
+        fold = math.exp(abs(slope))
+        told = f"{name} {'grows' if slope > 0 else 'falls'} {fold:.3g}-fold a layer"
+        told = told if fold >= 1.005 else f"{name} keeps its size"
         if abs(slope) * (len(log) - 1) < _TREND:
             healthy.append(told)
         else:
