@@ -206,7 +206,7 @@ def _cell(line: dict[str, Any] | None, other: str) -> str:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Bytes a second against what the device copies and reads; times against peers."""
+    """Times of a call: over the floor of the same rounds, and in milliseconds."""
     timed = [line for line in results["records"] if line["context"] != "compile"]
     dtypes = list(dict.fromkeys(line["dtype"] for line in timed))
     shapes = timed[0]["shapes"]
@@ -220,34 +220,28 @@ def draw(results: Results, path: pathlib.Path) -> None:
             == (shapes, dtype, "alone")
         ]
         rules = list(dict.fromkeys(line["rule"] for line in alone))
-        libraries = ("optclip", "optax", "torch")
-        for offset, library in enumerate(libraries):
+        places = np.arange(len(rules))
+        for offset, library in enumerate(("optclip", "optax", "torch")):
             lines = [find({"records": alone}, rule=r, name=library) for r in rules]
-            places = np.arange(len(rules)) + 0.27 * (offset - 1)
-            moved = [
-                passes(rule) * line["tree_bytes"] / line["seconds"] / 1e9
-                if line
-                else 0.0
-                for rule, line in zip(rules, lines, strict=True)
-            ]
-            left.bar(places, moved, 0.25, label=library)
-            times = [1e3 * line["seconds"] if line else 0.0 for line in lines]
-            bars = right.bar(places, times, 0.25, label=library)
-            labels = [f"{time:.0f}" if time else "" for time in times]
-            right.bar_label(bars, labels, fontsize="x-small")
-        for name, moves, style in (("read", 1, "--"), ("rewrite", 2, ":")):
-            for place, rule in enumerate(rules):  # each beside the floors of its race
-                floor = find({"records": alone}, rule=rule, name=f"floor: {name}")
-                if floor:
-                    rate = moves * floor["tree_bytes"] / floor["seconds"] / 1e9
-                    label = f"measured {name}" if place == 0 else None
-                    ends = (place - 0.45, place + 0.45)
-                    left.hlines(rate, *ends, ls=style, colors="black", label=label)
-        left.set(ylabel="GB/s of the least traffic", title=f"{shapes}, {dtype}")
-        right.set(ylabel="ms", title=f"{shapes}, {dtype}: time of a call")
+            at = places + 0.27 * (offset - 1)
+            style = {"width": 0.25, "label": library, "color": f"C{offset}"}
+            ratios = [line["over"]["floor"][1] if line else np.nan for line in lines]
+            times = [1e3 * line["seconds"] if line else np.nan for line in lines]
+            for axis, heights in ((left, ratios), (right, times)):
+                digits = ".2f" if axis is left else ".0f"
+                labels = ["" if np.isnan(x) else f"{x:{digits}}" for x in heights]
+                bars = axis.bar(at, heights, **style)
+                clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axis.bar_label(bars, labels, fontsize="x-small", padding=2, bbox=clear)
+        floor = "the floor: the rule's least reads and writes"
+        left.axhline(1, color="black", linestyle="--", zorder=0.5, label=floor)
+        left.set(
+            title=f"{shapes}, {dtype}: time over the floor", ylabel="lower is better"
+        )
+        right.set(title=f"{shapes}, {dtype}: time of a call", ylabel="ms")
         for axis in (left, right):
             axis.set_ylim(top=1.4 * axis.get_ylim()[1])  # room for the legend
-            axis.set_xticks(range(len(rules)), rules, rotation=20, ha="right")
+            axis.set_xticks(places, rules, rotation=20, ha="right")
             axis.grid(axis="y", alpha=0.3)
             axis.legend(fontsize="small", ncols=2)
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())

@@ -102,6 +102,21 @@ def play(
     return Played(np.asarray(passed), np.asarray(probed), state)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def limits(tx: Any, norms: jax.Array) -> Any:
+    """The limit of each step of a stream, as the rule's metrics have it.
+
+    A rule of single elements keeps none: there it is what a huge norm passes at.
+    """
+
+    def step(state, norm):
+        _, after = tx.update(norm[None], state)
+        huge, _ = tx.update(jnp.array([1e9]), state)
+        return after, optclip.metrics(after).get("limit", huge[0])
+
+    return jax.lax.scan(step, tx.init(jnp.zeros(1)), norms)[1]
+
+
 def noise(stream: int, steps: int, sigma: float) -> np.ndarray:
     """Ordinary norms at level 1, (steps, seeds); each stream has its own numbers."""
     columns = [
@@ -209,6 +224,9 @@ def draw(path: pathlib.Path) -> None:
             passed = play(tx, norms).passed
             panel.plot(after, norms, color="0.7", linewidth=2.2, label="norm in")
             panel.plot(after, passed, color="C3", linewidth=0.9, label="norm out")
+            limit = limits(tx, jnp.asarray(norms[:, 0], jnp.float32))
+            style = {"color": "black", "linewidth": 0.9, "linestyle": ":"}
+            panel.plot(after, limit, **style, label="limit")
             panel.set(yscale="log", ylim=(0.3, 60), xlim=(-40, 149))
             if panel in axes[0]:
                 panel.set_title(event)

@@ -158,7 +158,9 @@ def print_table(runs: dict[str, Run]) -> None:
         )
     print("\nlast signal: standard deviation of the head's output before training")
     print("first grad: that of the loss's gradient at the first layer's output")
-    print("units: how many of the first layer's units differ after training")
+    print("units: how many of the first layer's units differ after training\n")
+    for name, run in runs.items():
+        print(f"{name}: " + run.report.verdict.replace("\n", f"\n{name}: "))
 
 
 def draw(runs: dict[str, Run], depth: int, path: pathlib.Path) -> None:
@@ -167,15 +169,17 @@ def draw(runs: dict[str, Run], depth: int, path: pathlib.Path) -> None:
     figure = Figure(figsize=(19, 9), layout="constrained")
     parts = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))
     left, right = parts[0]
+    # The first two colours are the signal report's.
+    colours = {name: f"C{number}" for number, name in enumerate(runs, start=2)}
     for axes, layers in zip(left.subplots(2), (depth, 2), strict=True):
         these = {n: r for n, r in runs.items() if (n in deep) == (layers > 2)}
-        draw_losses(axes, these)
+        draw_losses(axes, these, colours)
         axes.set_title(f"{layers} layers")
     right.suptitle("The signal report before the first step")
     grid = right.subplots(2, len(deep), sharex=True, sharey="row", height_ratios=(3, 1))
     for column, (name, run) in zip(grid.T, deep.items(), strict=True):
         run.report.plot(column)
-        column[0].set_title(name)
+        column[0].set_title(name, color=colours[name], fontweight="bold")
         ticks = range(0, depth, 5)
         column[1].set_xticks(ticks, [str(tick) for tick in ticks], rotation=0)
     for axes in grid[:, 1:].flat:
@@ -184,12 +188,16 @@ def draw(runs: dict[str, Run], depth: int, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_losses(axes: Axes, runs: dict[str, Run]) -> None:
-    for number, (name, run) in enumerate(runs.items()):
+def draw_losses(axes: Axes, runs: dict[str, Run], colours: dict[str, str]) -> None:
+    """One curve a run; each is thinner than those before, so that none is hidden."""
+    axes.axhline(np.log(CLASSES), color="0.85", linewidth=9, label="chance")
+    for width, (name, run) in zip(
+        np.linspace(4, 1.2, len(runs)), runs.items(), strict=True
+    ):
         window = max(len(run.loss) // 50, 1)
         means = np.convolve(run.loss, np.ones(window) / window, "valid")
-        axes.plot(np.arange(window - 1, len(run.loss)), means, f"C{number}", label=name)
-    axes.axhline(np.log(CLASSES), color="0.7", linestyle="--", label="chance")
+        style = {"color": colours[name], "linewidth": width, "label": name}
+        axes.plot(np.arange(window - 1, len(run.loss)), means, **style)
     axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=(-0.1, 3))
     axes.legend()
 

@@ -37,7 +37,7 @@ def zeros() -> Preset:
     >>> zeros()(jax.random.key(0), (2, 2)).tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
-    return of_any_shape(initializer(jax_initializers.zeros))
+    return of_any_shape(initializer(jax_initializers.zeros, "zeros"))
 
 
 @public
@@ -65,7 +65,7 @@ def normal(stddev: float = 0.01) -> Preset:
     JAX: https://docs.jax.dev/en/latest/jax.nn.initializers.html.
     """
     checks.non_negative(stddev=stddev)
-    return of_any_shape(initializer(jax_initializers.normal(stddev)))
+    return of_any_shape(initializer(jax_initializers.normal(stddev), "normal"))
 
 
 @public
@@ -94,7 +94,7 @@ def uniform(scale: float = 0.01) -> Preset:
     JAX: https://docs.jax.dev/en/latest/jax.nn.initializers.html.
     """
     checks.non_negative(scale=scale)
-    return of_any_shape(initializer(jax_initializers.uniform(scale)))
+    return of_any_shape(initializer(jax_initializers.uniform(scale), "uniform"))
 
 
 @public
@@ -144,7 +144,7 @@ def truncated_normal(stddev: float = 0.01, corrected: bool = True) -> Preset:
         modulus, angle = scale * jnp.sqrt(-jnp.log1p(-within * u)), 2 * math.pi * turn
         return jax.lax.complex(modulus * jnp.cos(angle), modulus * jnp.sin(angle))
 
-    return of_any_shape(initializer(init))
+    return of_any_shape(initializer(init, "truncated normal"))
 
 
 @public
@@ -188,4 +188,4 @@ def sparse(sparsity: float, stddev: float = 0.01) -> Preset:
         values = stddev * jax.random.normal(drawn, inputs, dtype)
         return jnp.where(rank < silent, 0, values).reshape(shape)
 
-    return by_fans(initializer(init, least_rank=2))
+    return by_fans(initializer(init, "sparse normal", least_rank=2))

@@ -114,7 +114,7 @@ def torch_default() -> Preset:
         "bias": by_fan_in,
         "recurrent": by_fan_in,
         "recurrent_input": by_fan_in,
-        "embedding": presets.initializer(jax_initializers.normal(1.0)),
+        "embedding": presets.initializer(jax_initializers.normal(1.0), "normal"),
         "scale": presets.ONE,
         "shift": presets.ZERO,
         "qkv": presets.scaled(1.0, "fan_avg", "uniform"),
@@ -133,4 +133,4 @@ def _symmetric_uniform(bound: float) -> Initializer:
         limit = jnp.asarray(bound, dtype)
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
-    return presets.initializer(init)
+    return presets.initializer(init, "uniform")

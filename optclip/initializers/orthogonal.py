@@ -48,7 +48,9 @@ def orthogonal(gain: float = 1.0) -> Preset:
     Saxe et al. 2013, https://arxiv.org/abs/1312.6120.
     """
     checks.non_negative(gain=gain)
-    return by_fans(initializer(jax_initializers.orthogonal(gain), least_rank=2))
+    return by_fans(
+        initializer(jax_initializers.orthogonal(gain), "orthogonal", least_rank=2)
+    )
 
 
 @public
@@ -91,7 +93,7 @@ def delta_orthogonal(gain: float = 1.0) -> Preset:
             )
         return convolution(key, shape, dtype)
 
-    return by_fans(initializer(init, least_rank=2))
+    return by_fans(initializer(init, "delta orthogonal", least_rank=2))
 
 
 @public
@@ -161,4 +163,4 @@ def _identity(gain: float) -> Preset:
             jnp.zeros(shape, dtype).at[centre].set(gain * jnp.eye(shape[-2], shape[-1]))
         )
 
-    return by_fans(initializer(init, least_rank=2))
+    return by_fans(initializer(init, "identity", least_rank=2))

@@ -117,8 +117,11 @@ class FromFanIn:
         )
 
 
-def initializer(init: Initializer, least_rank: int = 0) -> Initializer:
-    """The initializer, drawn in float32 at least; its errors name the preset."""
+def initializer(init: Initializer, law: str, least_rank: int = 0) -> Initializer:
+    """The initializer, drawn in float32 at least; its errors name the preset.
+
+    It is called by its law, as `redraw(…, explain=True)` shows it.
+    """
     name = caller()
 
     def draw(key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -134,18 +137,17 @@ def initializer(init: Initializer, least_rank: int = 0) -> Initializer:
         except (TypeError, ValueError) as wrong:
             raise ValueError(f"{name}: {wrong}") from wrong
 
+    draw.__qualname__ = law
     return draw
 
 
-def constant(value: float) -> Initializer:
-    """All elements equal; the value is checked by the caller."""
-    return initializer(jax_initializers.constant(value))
-
-
-ZERO, ONE = constant(0.0), constant(1.0)
+ZERO = initializer(jax_initializers.zeros, "zeros")
+ONE = initializer(jax_initializers.ones, "ones")
 # A lookup sums over nothing, so it has no fan-in: rows (of shape (rows, features)) of
 # length 1 on average, as Flax draws them.
-_UNIT_ROWS = initializer(jax_initializers.variance_scaling(1.0, "fan_out", "normal"), 2)
+_UNIT_ROWS = initializer(
+    jax_initializers.variance_scaling(1.0, "fan_out", "normal"), "normal", 2
+)
 
 
 def by_fans(kernel: Initializer) -> Preset:
@@ -166,6 +168,6 @@ def scaled(
 ) -> Initializer:
     """JAX's `variance_scaling`, which also takes a scale of 0."""
     if scale == 0:
-        return initializer(jax_initializers.zeros, least_rank=2)
+        return initializer(jax_initializers.zeros, "zeros", least_rank=2)
     init = jax_initializers.variance_scaling(scale, mode, distribution)
-    return initializer(init, least_rank=2)
+    return initializer(init, distribution.replace("_", " "), least_rank=2)

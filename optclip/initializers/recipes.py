@@ -159,7 +159,7 @@ def dcgan(stddev: float = 0.02) -> Preset:
     def around_one(key: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
         return 1 + stddev * jax.random.normal(key, shape, dtype)
 
-    return Preset({**normal(stddev).draws, "scale": initializer(around_one)})
+    return Preset({**normal(stddev).draws, "scale": initializer(around_one, "normal")})
 
 
 @public
@@ -236,7 +236,7 @@ def mup(base_width: int) -> Preset:
         {
             **lecun_normal().draws,
             "kernel": scaled(1.0, "fan_in", "normal"),
-            "head": initializer(readout, least_rank=2),
+            "head": initializer(readout, "normal", least_rank=2),
             "embedding": normal(1 / math.sqrt(base_width)),
         },
         needs=("head",),

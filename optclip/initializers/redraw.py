@@ -22,6 +22,7 @@ from optclip._core import checks, paths
 from optclip._core.public import error, public
 from optclip._core.types import Stacked, Tree
 from optclip.initializers import kernel_shapes, parameter_info
+from optclip.initializers.draw_table import law_of, table
 from optclip.initializers.kernel_shapes import Initializer
 from optclip.initializers.parameter_info import Model, ParameterInfo, Rules
 from optclip.initializers.presets import FromFanIn, Preset, by_fans, initializer
@@ -37,6 +38,7 @@ def redraw(
     rules: Rules | None = None,
     layouts: Mapping[str, str] | None = None,
     stacked: Stacked = None,
+    explain: bool = False,
 ) -> Tree:
     """Draws every parameter of a finished model anew, each by its role.
 
@@ -56,6 +58,9 @@ def redraw(
         "oio" an einsum, `s` for independent copies; "w*io/8" for 8 groups.
       stacked: how many leading axes count independent layers, where a bias does not
         show it: a number, True for one, or a pattern for the leaves with one.
+      explain: whether to print what each parameter got: its path, role and shape, the
+        law that it was drawn from, and the standard deviation of its values. What kept
+        its values has the law "kept". Not under `jit`.
 
     Returns:
       A new tree; None for an `nnx.Module`. Structure, dtypes, shardings, boxes and
@@ -75,8 +80,8 @@ def redraw(
       ValueError: if preset, a role or a layout is unknown, a pattern is found nowhere,
         no parameter has a role, the preset needs a role that no parameter has, a bias
         that depends on its kernel's fan-in has no kernel, an initializer refuses the
-        shape or dtype, or the layout of an einsum is ambiguous. Messages name the
-        parameter, and the rule that decided for it.
+        shape or dtype, the layout of an einsum is ambiguous, or explain is no bool or
+        used under `jit`. Messages name the parameter, and the rule that decided for it.
 
     >>> import jax, jax.numpy as jnp
     >>> from optclip.initializers import he_normal, redraw
@@ -84,6 +89,10 @@ def redraw(
     >>> params = redraw(params, he_normal(), jax.random.key(0))
     >>> print(params["fc"]["kernel"].std().round(3), params["fc"]["bias"].max())
     0.063 0.0
+    >>> params = redraw(params, he_normal(), jax.random.key(0), explain=True)
+    path       role    shape      law          std
+    fc/bias    bias    256        zeros          0
+    fc/kernel  kernel  512 × 256  normal    0.0625
     """
     if not isinstance(preset, Preset):
         preset = _for_kernels(preset)
@@ -91,6 +100,8 @@ def redraw(
         raise error(f"key must be a key of jax.random, got {key!r}.")
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    if not isinstance(explain, bool):
+        raise error(f"explain must be True or False, got {explain!r}.")
     infos = parameter_info.found(params_or_module, rules, layouts, stacked)
     parameter_info.check_roles(infos)
     if preset.needs:
@@ -99,6 +110,9 @@ def redraw(
     for info in infos:
         if not info.keep:
             leaves[info.place] = _redrawn(preset, info, key, leaves[info.place])
+    if explain:
+        laws = [None if i.keep else law_of(_initializer(preset, i)) for i in infos]
+        print(table(infos, laws, leaves))
     return parameter_info.with_params(params_or_module, treedef.unflatten(leaves))
 
 
@@ -113,7 +127,7 @@ def _for_kernels(init: Initializer) -> Preset:
             f"preset must be a preset, made by a call of a function such as {near}, or "
             f"a JAX initializer, got {init!r}."
         )
-    return by_fans(initializer(init, least_rank=2))
+    return by_fans(initializer(init, law_of(init), least_rank=2))
 
 
 def _check_needs(preset: Preset, infos: list[ParameterInfo]) -> None:

@@ -55,10 +55,29 @@ class Signal(NamedTuple):
 class SignalReport(NamedTuple):
     """The signals of all layers, in the order in which they are called.
 
-    `print(report)` is a table and `report.plot()` a picture.
+    `print(report)` is a table that ends in the verdict, `report.plot()` a picture.
     """
 
     rows: tuple[Signal, ...]
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers mean: a line for each fault, or that there is none.
+
+        Vanishing or exploding: a standard deviation has a trend of 100-fold or more in
+        all, or is not finite; for activations from the first layer to the last, for
+        gradients back. The trend is the median over all pairs of layers (Theil and
+        Sen's), so that single layers of another kind do not make one. Dead: over 90 %
+        of a layer's units get no gradient from any example, as behind dead ReLUs, and
+        also behind a head that starts at zero, which ends with the first step.
+
+        >>> def layers(fold, dead=0.0):
+        ...     both = [Moments(0, fold**n, dead) for n in range(9)]
+        ...     return [Signal(f"fc{n}", both[0], both[n]) for n in range(9)]
+        >>> print(SignalReport(tuple(layers(3.1))).verdict)
+        gradient falls 3.1-fold a layer: vanishing; try he_normal or lsuv
+        """
+        return _verdict(self.rows)
 
     def __str__(self) -> str:
         width = max([len(row.layer) for row in self.rows] + [len("layer")])
@@ -69,7 +88,7 @@ class SignalReport(NamedTuple):
         for layer, *both in self.rows:
             numbers = [f"{m.mean:12.3g}{m.std:12.3g}{_share(m.dead):>8}" for m in both]
             lines.append(f"{layer:{width}}" + "".join(numbers))
-        return "\n".join(lines)
+        return "\n".join([*lines, self.verdict])
 
     def plot(self, axes: Sequence[Axes] | None = None) -> Figure | SubFigure:
         """Draws the standard deviations, and below them the shares of dead units.
@@ -180,6 +199,50 @@ def signal_report(
             both = Moments(*calls[number]), Moments(*returns[number])
         rows.append(Signal(layer, *both))
     return SignalReport(tuple(rows))
+
+
+_TREND = math.log(100)  # from one end to the other, at which training is in doubt
+_DEAD = 0.9  # of a layer's units
+
+
+def _verdict(rows: tuple[Signal, ...]) -> str:
+    """See `SignalReport.verdict`."""
+    healthy, faults = [], []
+    for name, way in (
+        ("signal", [(row.layer, row.forward) for row in rows]),
+        ("gradient", [(row.layer, row.backward) for row in reversed(rows)]),
+    ):
+        known = [(layer, m.std) for layer, m in way if not np.isnan(m.dead)]
+        broken = [layer for layer, std in known if not np.isfinite(std)]
+        if broken:
+            faults.append(f"{name} is not finite at {broken[0]}: exploding; {_LESS}")
+            continue
+        log = np.log([std for _, std in known if std > 0])
+        if len(log) < 3:
+            continue
+        first, second = np.triu_indices(len(log), 1)
+        slope = float(np.median((log[second] - log[first]) / (second - first)))
+        fold = math.exp(abs(slope))
+        told = f"{name} {'grows' if slope > 0 else 'falls'} {fold:.3g}-fold a layer"
+        told = told if fold >= 1.005 else f"{name} keeps its size"
+        if abs(slope) * (len(log) - 1) < _TREND:
+            healthy.append(told)
+        else:
+            kind = f"exploding; {_LESS}" if slope > 0 else f"vanishing; {_MORE}"
+            faults.append(f"{told}: {kind}")
+    dead = [row.layer for row in rows if row.backward.dead > _DEAD]
+    if dead:
+        faults.append(
+            f"no gradient reaches over 90 % of the units in {len(dead)} of {len(rows)} "
+            f"layers, {dead[0]} first: dead; {_MORE}, unless zeros are meant"
+        )
+    if faults or healthy:
+        return "\n".join(faults) or f"{', '.join(healthy)}: healthy"
+    return "too few layers for a trend, none of them dead"
+
+
+_MORE = "try he_normal or lsuv"
+_LESS = "try lsuv, or zero_last for residual branches"
 
 
 def mean_and_std(y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -117,6 +117,12 @@ def test_committed_numbers_can_be_read(path):
     assert report.terminal(results)
 
 
+@pytest.mark.parametrize("path", report.committed(), ids=lambda path: path.stem)
+def test_the_picture_is_drawn_from_the_committed_numbers(path, tmp_path):
+    report.draw(json.loads(path.read_text()), tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
 def test_readme_has_every_committed_table():
     readme = report.README.read_text()
     for path in report.committed():

@@ -23,5 +23,18 @@ def test_no_other_rule_keeps_every_bound():
         assert kept == (rule == "spike_clip"), rule
 
 
+RESCALING = ["spike_clip", "zclip", "autoclip", "second_moment_clip, θ = 9"]
+
+
+@pytest.mark.parametrize("rule", RESCALING)
+def test_the_limit_that_is_drawn_is_what_the_rule_keeps(rule: str):
+    tx, norms = spikes.RULES[rule], spikes.noise(7, 150, 0.1)[:, :1]
+    norms[100] = 30.0
+    passed = spikes.play(tx, norms).passed[:, 0]
+    limit = np.asarray(spikes.limits(tx, norms[:, 0].astype(np.float32)))
+    np.testing.assert_allclose(np.minimum(norms[:, 0], limit), passed, rtol=1e-5)
+    assert passed[100] < 10
+
+
 def test_readme_has_the_committed_table():
     assert spikes.table(spikes.load()) in spikes.README.read_text()

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from optclip.initializers import (
     gpt2,
     he_normal,
     he_uniform,
+    identity,
+    lecun_normal,
     linen,
     mup,
     normal,
@@ -512,6 +515,92 @@ def test_bad_redraws(arguments, words):
     preset, key, *more = (*arguments, KEY)[: max(2, len(arguments))]
     names = dict(zip(("rules", "layouts", "stacked"), more, strict=False))
     bad(lambda: untyped(redraw)(DENSE, preset, key, **names), *words)
+
+
+def test_explain_says_what_each_parameter_got(capsys):
+    tree = {
+        "bias": jnp.ones(64),
+        "embedding": {"embedding": jnp.ones((50, 16), jnp.bfloat16)},
+        "frozen": {"kernel": jnp.array([[3.0, 5.0]])},
+        "head": {"kernel": jax.ShapeDtypeStruct((64, 4), jnp.float32)},
+        "kernel": jnp.ones((64, 64)),
+        "lora_a": jnp.ones(()),
+        "mine": {"kernel": jnp.ones((64, 2))},
+        "theirs": {"kernel": jnp.ones((64, 2))},
+    }
+    rules = {
+        "frozen": None,
+        "theirs": jax.nn.initializers.he_normal(),
+        "mine": lambda key, shape, dtype: jnp.full(shape, 2, dtype),
+    }
+    preset = torch_default() | {"head": zeros()}
+    quiet = redraw(tree, preset, KEY, rules=rules)
+    assert capsys.readouterr().out == ""
+    new = redraw(tree, preset, KEY, rules=rules, explain=True)
+    chex.assert_trees_all_equal(quiet, new)
+    lines = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["path", "role", "shape", "law", "std"]
+    found = {path: tuple(rest) for path, *rest in lines[1:]}
+
+    def std(path):
+        return f"{np.std(np.asarray(new[path], np.float32)):.3g}"
+
+    assert found == {
+        "bias": ("bias", "64", "uniform", std("bias")),
+        "embedding/embedding": ("embedding", "50 × 16", "normal", found[EMBED][3]),
+        "frozen/kernel": ("kernel", "1 × 2", "kept", "1"),
+        "head/kernel": ("head", "64 × 4", "zeros", "0"),
+        "kernel": ("kernel", "64 × 64", "uniform", std("kernel")),
+        "lora_a": ("–", "scalar", "kept", "0"),
+        "mine/kernel": ("kernel", "64 × 2", "<lambda>", "0"),
+        "theirs/kernel": ("kernel", "64 × 2", "variance_scaling", found[THEIRS][3]),
+    }
+    assert float(found[EMBED][3]) == pytest.approx(1, rel=0.1)
+    assert float(found[THEIRS][3]) == pytest.approx((2 / 64) ** 0.5, rel=0.3)
+
+
+EMBED, THEIRS = "embedding/embedding", "theirs/kernel"
+
+
+def test_laws_are_those_of_the_presets(capsys):
+    laws = {
+        "normal": he_normal(),
+        "truncated normal": lecun_normal(),
+        "uniform": xavier_uniform(),
+        "orthogonal": orthogonal(),
+        "delta orthogonal": delta_orthogonal(),
+        "identity": identity(),
+        "sparse normal": sparse(0.5),
+        "ones": jax.nn.initializers.ones,
+    }
+    tree = {"kernel": jnp.ones((8, 8)), "scale": jnp.ones(8)}
+    for law, preset in laws.items():
+        redraw(tree, preset, KEY, explain=True)
+        kernel, scale = capsys.readouterr().out.splitlines()[1:]
+        assert re.split(r" {2,}", kernel)[3] == law
+        assert re.split(r" {2,}", scale)[3:] == ["ones", "0"]
+
+
+def test_explain_has_a_dash_where_no_values_are(capsys):
+    abstract = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    tree = {"a": {"kernel": abstract}, "b": {"kernel": jnp.ones((0, 4))}}
+    redraw(tree, he_normal(), KEY, rules={"a": None}, explain=True)
+    kept, empty = capsys.readouterr().out.splitlines()[1:]
+    assert kept.split()[-2:] == ["kept", "–"] and empty.split()[-2:] == ["normal", "–"]
+
+
+def test_explain_is_a_bool_and_not_for_jit():
+    tree = {"kernel": jnp.ones((8, 8))}
+    for nonsense in (1, "yes", None):
+        bad(
+            lambda value=nonsense: untyped(redraw)(
+                tree, he_normal(), KEY, explain=value
+            ),
+            "redraw: explain must be True or False",
+            repr(nonsense),
+        )
+    explained = jax.jit(lambda key: redraw(tree, he_normal(), key, explain=True))
+    bad(lambda: explained(KEY), "redraw: explain must be False under jit")
 
 
 def test_errors_name_the_parameter_and_the_rule():

@@ -3,20 +3,24 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 from optclip._core import paths as _paths
 from optclip.initializers import (
+    SignalReport,
     he_normal,
     lsuv,
     normal,
     redraw,
     signal_report,
+    torch_default,
+    zero_last,
     zeros,
 )
-from optclip.initializers.signal_report import mean_and_std
+from optclip.initializers.signal_report import Moments, Signal, mean_and_std
 from tests.untyped import untyped
 
 from .models import LAYERS, TEXT, NnxTransformer, Transformer
@@ -133,6 +137,90 @@ def test_zeros_show_in_the_report(params):
     report.plot()
 
 
+def report(forward, backward, dead: npt.ArrayLike = 0.0):
+    """Of layers with these standard deviations, from the first to the last."""
+    dead = np.broadcast_to(dead, len(forward))
+    rows = zip(forward, backward, dead, strict=True)
+    return SignalReport(
+        tuple(
+            Signal(f"fc{n}", Moments(0.0, y, 0.0), Moments(0.0, g, d))
+            for n, (y, g, d) in enumerate(rows)
+        )
+    )
+
+
+FLAT, RISE = np.ones(10), 2.0 ** np.arange(10)  # 512-fold in all
+
+
+@pytest.mark.parametrize(
+    ("signals", "verdict"),
+    [
+        ((FLAT, FLAT), "signal keeps its size, gradient keeps its size: healthy"),
+        ((FLAT, RISE), "gradient falls 2-fold a layer: vanishing; try he_normal"),
+        ((FLAT, RISE[::-1]), "gradient grows 2-fold a layer: exploding; try lsuv"),
+        ((RISE, FLAT), "signal grows 2-fold a layer: exploding; try lsuv"),
+        ((RISE[::-1], FLAT), "signal falls 2-fold a layer: vanishing; try he_normal"),
+        ((RISE, RISE), "signal grows 2-fold a layer: exploding; try lsuv, or zero_"),
+        # 99-fold is none, 101-fold is one.
+        ((FLAT, 99 ** np.linspace(0, 1, 10)), "signal keeps its size, gradient"),
+        ((FLAT, 101 ** np.linspace(0, 1, 10)), "gradient falls 1.67-fold a layer: v"),
+        # A layer of another kind at the end, or in the middle, makes no trend.
+        ((FLAT, np.r_[np.ones(9), 1e9]), "signal keeps its size, gradient"),
+        (
+            (FLAT, np.r_[np.ones(5), 1e9, np.ones(4)]),
+            "signal keeps its size, gradient keeps its size: ",
+        ),
+        # What does not reach the loss, or is zero, has no ratio.
+        ((FLAT, np.where(FLAT, np.nan, 0), np.nan), "signal keeps its size: healthy"),
+        ((np.zeros(10), FLAT), "gradient keeps its size: healthy"),
+        ((FLAT[:2], RISE[:2]), "too few layers for a trend, none of them dead"),
+        (([1.0, np.inf, np.nan], FLAT[:3]), "signal is not finite at fc1: exploding"),
+        ((FLAT[:3], [np.nan, np.inf, 1]), "gradient is not finite at fc1: exploding"),
+        ((FLAT, FLAT, [0, *[0.95] * 2, *[0.9] * 7]), "no gradient reaches over 90 % "),
+    ],
+)
+def test_the_verdict(signals, verdict):
+    assert report(*signals).verdict.startswith(verdict)
+    assert str(report(*signals)).endswith(report(*signals).verdict)
+
+
+def test_a_verdict_has_a_line_for_each_fault():
+    lines = report(RISE, RISE, [1.0, *[0.0] * 9]).verdict.splitlines()
+    assert [line.split(":")[1].split(";")[0] for line in lines] == [
+        *(" exploding", " vanishing", " dead")
+    ]
+    assert "in 1 of 10 layers, fc0 first" in lines[2]
+
+
+class Rectified(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(12):
+            x = nn.relu(nn.Dense(32)(x))
+        return nn.Dense(1, name="head")(x)
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        (he_normal(), ["healthy"]),
+        (torch_default(), ["gradient falls", "vanishing"]),
+        (normal(1.0), ["signal grows", "gradient grows", "exploding"]),
+        (zeros(), ["no gradient reaches", "12 of 13 layers, Dense_0 first", "dead"]),
+        (zero_last(he_normal()), ["dead", "unless zeros are meant"]),
+    ],
+    ids=str,
+)
+def test_the_verdict_of_a_deep_network(preset, words):
+    params = redraw(jax.eval_shape(Rectified().init, KEY, X), preset, KEY)
+    verdict = signal_report(
+        Rectified(), params, X, lambda y: mean_square(y - 1)
+    ).verdict
+    for word in words:
+        assert word in verdict
+    assert ("healthy" in verdict) == (preset == he_normal())
+
+
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_each_layer_of_a_scanned_stack_has_a_row(api):
     if api == "linen":
@@ -144,6 +232,7 @@ def test_each_layer_of_a_scanned_stack_has_a_row(api):
     for i in range(LAYERS):
         assert rows[f"blocks/c_proj[{i}]"].backward.std > 0
         assert rows[f"blocks/norm_0[{i}]"].forward.std == pytest.approx(1, abs=0.1)
+    assert report.verdict.endswith("healthy")
     order = [row.layer for row in report.rows]
     assert order.index("blocks/c_proj[0]") < order.index("blocks/fc[1]")
     assert rows["token.attend"].backward.std > 0

@@ -78,6 +78,17 @@ def skip_step(
       of dropped finite steps too, and never from one that is not finite, so the next
       good step passes.
 
+    Metrics: `optclip.metrics(state)` has these keys, without `watch/` if `short=True`:
+      watch/size, watch/limit: of all updates at the last step, before the verdict.
+      watch/clipped_steps, watch/nonfinite_steps: how many were above the threshold, and
+        how many not finite. watch/clipped_fraction is 1 or 0, watch/steps counts all.
+      value_watch/…: the same of the loss, with `value_threshold`.
+      skipped_steps, consecutive_skips: how many were dropped, and how many of them in a
+        row up to now. Above the threshold but not dropped: `max_consecutive` was
+        reached.
+      inner_state/…: what rules within the inner optimizer measured, of the steps that
+        were not dropped.
+
     Edge cases: a size at its limit is within it. A NaN limit drops every step until
     `max_consecutive` is reached.
 
