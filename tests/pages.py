@@ -1,4 +1,8 @@
-"""Runs the programs of a page of Markdown as its reader would, one after the other."""
+"""Runs the programs of a page of Markdown as its reader would, one after the other.
+
+`run` is for pages that state what each program prints; `cells` and `execute` are for
+pages whose output the documentation's build makes, in {code-cell} blocks.
+"""
 
 import contextlib
 import io
@@ -8,6 +12,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 FENCE = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
+CELL = re.compile(r"```\{code-cell\}[^\n]*\n((?::[^\n]*\n)*)(.*?)```", re.DOTALL)
 
 
 def run(page: str) -> dict[str, Any]:
@@ -27,3 +32,20 @@ def run(page: str) -> dict[str, Any]:
         assert printed.getvalue() == expected, f"{text}printed\n{printed.getvalue()}"
     assert programs > 0
     return namespace
+
+
+def cells(page: str) -> list[str]:
+    """The programs of a page's {code-cell} blocks, without the lines of options."""
+    return [text for _, text in CELL.findall((ROOT / page).read_text())]
+
+
+def execute(page: str) -> tuple[dict[str, Any], str]:
+    """What a page's cells define, run as one program, and what they print."""
+    namespace: dict[str, Any] = {}
+    printed = io.StringIO()
+    programs = cells(page)
+    assert programs, f"{page} has no code-cell"
+    with contextlib.redirect_stdout(printed):
+        for text in programs:
+            exec(compile(text, page, "exec"), namespace)
+    return namespace, printed.getvalue()
