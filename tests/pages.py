@@ -1,13 +1,14 @@
 """Runs the programs of a page of Markdown as its reader would, one after the other.
 
-`run` is for pages that state what each program prints; `cells` and `execute` are for
-pages whose output the documentation's build makes, in {code-cell} blocks.
+`run` is for pages that state what each program prints; `execute` is for those whose
+output the documentation's build makes, in {code-cell} blocks.
 """
 
 import contextlib
 import io
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,18 +35,13 @@ def run(page: str) -> dict[str, Any]:
     return namespace
 
 
-def cells(page: str) -> list[str]:
-    """The programs of a page's {code-cell} blocks, without the lines of options."""
-    return [text for _, text in CELL.findall((ROOT / page).read_text())]
-
-
-def execute(page: str) -> tuple[dict[str, Any], str]:
-    """What a page's cells define, run as one program, and what they print."""
+def execute(page: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """What is defined after each {code-cell} of a page, and what that printed."""
     namespace: dict[str, Any] = {}
-    printed = io.StringIO()
-    programs = cells(page)
+    programs = CELL.findall((ROOT / page).read_text())
     assert programs, f"{page} has no code-cell"
-    with contextlib.redirect_stdout(printed):
-        for text in programs:
+    for _, text in programs:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
             exec(compile(text, page, "exec"), namespace)
-    return namespace, printed.getvalue()
+        yield namespace, printed.getvalue()

@@ -11,6 +11,7 @@ PAGES = [
     "start/equinox",
     "start/haiku",
     "start/plain",
+    "migration/optax",
 ]
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -26,7 +27,7 @@ def _as_a_reader_has_it():
 def test_runs_from_top_to_bottom(name):
     if name == "start/haiku":
         pytest.importorskip("haiku")
-    _, printed = pages.execute(f"docs/{name}.md")
+    printed = "".join(text for _, text in pages.execute(f"docs/{name}.md"))
     assert printed
     if name.startswith("start/"):  # the spoiled batch is seen, and one of those clipped
         line = next(x for x in printed.splitlines() if x.startswith("step 150"))
