@@ -12,6 +12,9 @@ PAGES = [
     "start/haiku",
     "start/plain",
     "migration/optax",
+    "choose",
+    "mistakes",
+    "guarantees",
 ]
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
