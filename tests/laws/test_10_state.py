@@ -200,7 +200,7 @@ def test_so_is_that_of_another_projection(row):
 
 def test_a_schedule_of_bounds_wants_its_step():
     tx = optclip.clip_by_value(optax.constant_schedule(1.0))
-    with pytest.raises(ValueError, match="^clip_by_value: state must be a StepState"):
+    with pytest.raises(ValueError, match=r"^clip_by_value: state must be a StepState"):
         tx.update(tree(), optax.EmptyState())
 
 
