@@ -10,7 +10,7 @@ to updates instead of parameters.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import optax
 
 from optclip._core import checks, metrics, numerics
 from optclip._core.public import public
-from optclip._core.types import Limit, Nonfinite, Stacked, Where
+from optclip._core.types import Limit, Nonfinite, Stacked, Tree, Where
 from optclip.clipping.engine import ClipState
 from optclip.clipping.thresholds import at_step
 from optclip.projections.matrices import capped, spectral_ball
@@ -116,17 +116,17 @@ def spectral_clip(
         found = members(tree, lambda path: ball, chosen)
         return found, numerics.accumulation_dtype(*[x.leaf.dtype for x in found])
 
-    def init(params: optax.Params) -> ClipState:
+    def init(params: optax.Params) -> Tree:  # a ClipState
         at_step(max_sigma, jnp.zeros((), jnp.int32))  # a bad limit is reported here
         _, wide = matrices_of(params)
         return ClipState((), metrics.start(wide, iterations is not None, True))
 
     def update(
         updates: optax.Updates,
-        state: Any,  # a ClipState, or None
+        state: Tree,  # a ClipState, or None
         params: optax.Params | None = None,
         **extra_args: object,
-    ) -> tuple[optax.Updates, ClipState]:
+    ) -> tuple[optax.Updates, Tree]:
         del params, extra_args
         state = init(updates) if state is None else state
         if not isinstance(state, ClipState):

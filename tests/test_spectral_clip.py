@@ -102,7 +102,8 @@ def test_soft(dtype, iterations):
     for scale in (1e-30, 1.0, 1e30):
         tree = {k: normal(*v, scale=scale, dtype=dtype) for k, v in shapes.items()}
         largest = max(sigma(w)[0] for w in tree.values())
-        for limit in np.float32([0.01 * largest, 0.3 * largest, 10 * largest]):
+        for share in (0.01, 0.3, 10.0):
+            limit = np.float32(share * largest)
             out, state = run(tree, limit)
             metrics = state.metrics
             for name, w in tree.items():
@@ -311,7 +312,7 @@ def test_memory(iterations, soft, copies, dtype):
     tx = optclip.spectral_clip(1.0, iterations=iterations, stacked=True, soft=soft)
     grads = {"kernel": jax.ShapeDtypeStruct((4, 256, 256), dtype)}
     update = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads))
-    temporary = update.compile().memory_analysis().temp_size_in_bytes
+    temporary = untyped(update.compile().memory_analysis()).temp_size_in_bytes
     assert temporary <= (copies + 0.1) * 4 * 4 * 256 * 256
 
 

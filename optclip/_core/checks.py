@@ -129,7 +129,7 @@ def other_state(kind: type, state: object) -> ValueError:
     return _wrong("state", f"a {kind.__name__}", type(state).__name__)
 
 
-def choice(options: tuple[str, ...], **named: object) -> None:
+def choice(options: tuple[str | bool, ...], **named: object) -> None:
     """Raises unless each value is one of the options."""
     for name, value in named.items():
         if value not in options:

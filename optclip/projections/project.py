@@ -139,7 +139,7 @@ def projecting(
             raise error("state must be that of this rule, got one of other arguments.")
         if every == 1:
             return projected(updates, state, params), state
-        steps = jnp.asarray(optax.safe_increment(state.steps))
+        steps = jnp.asarray(optax.safe_increment(jnp.asarray(state.steps)))
         state = state._replace(steps=steps)
         updates = jax.lax.cond(
             steps % every == 0, projected, _unchanged, *(updates, state, params)

@@ -51,9 +51,10 @@ class Row(NamedTuple):
         is rounded as XLA pleases.
       least_limit: positive limits below it may not give the oracle's outputs.
       fuses: whether an optimizer's kernels clip what they read, or the reason not.
-      sums: how many times a joint rule's program holds the sums of a global norm: once,
-        and once more in the second pass, which looks for the largest element first
-        where summands are higher powers than squares.
+      sums: how many times a joint rule's program holds the reductions of a global norm:
+        once, and once more in the second pass. Three where summands are powers above
+        squares, for which no two scales bring all of float32 into range, as they do
+        for squares: the second pass needs the largest element before it can sum.
       dtypes: in which the laws of values run it, None for all: what a rule records
         changes no update, as a test of its own compares bit for bit.
     """

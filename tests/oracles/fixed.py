@@ -42,8 +42,9 @@ def groups(tree: Tree, grouping: str) -> list[Group]:
     if grouping == "leaf":
         return [[entry] for entry in everything]
     if grouping == "matrix":
-        alone = [[entry] for entry in everything if entry[0] != "b/kernel"]
-        return alone + [[("b/kernel", (n,))] for n in range(len(tree["b/kernel"]))]
+        layers = [("b/kernel", (n,)) for n in range(len(tree["b/kernel"]))]
+        leaves = [entry for entry in everything if entry[0] != "b/kernel"]
+        return [[entry] for entry in [*leaves, *layers]]
     if grouping == "label":
         labels = sorted({path[0] for path in tree})
         return [[e for e in everything if e[0][0] == label] for label in labels]
