@@ -49,7 +49,7 @@ def _most(row: Row, spec: P) -> int:
     split = [axis for axis in spec if axis is not None]
     match row.oracle["grouping"]:
         # Totals, twice; whether they are good; the furthest over, its numbers, a count.
-        case "unit" | "matrix":
+        case "unit":
             return _optax(True, spec) + 5
         case "example":  # groups of one leading axis, else like units
             return 6
