@@ -2,6 +2,7 @@
 
     python -m benchmarks.soak            20,000 steps, half an hour on two busy cores
     python -m benchmarks.soak --save     also renew benchmarks/results
+    python -m benchmarks.soak --new --save     only of rows that are not there yet
 
 All rows of the laws' table take one jitted step together on a mesh of eight CPU
 devices, over and over. Each step draws one random tree: ordinary, zero, a spike, or
@@ -52,6 +53,7 @@ class Soaked(NamedTuple):
       lowerings: of anything, after `WARM` steps.
       alive: how many arrays were, after `WARM` steps and at `LOOKS` later times.
       rows: what each row counted.
+      versions: of the libraries that it ran with.
     """
 
     drawn: dict[str, int]
@@ -61,6 +63,7 @@ class Soaked(NamedTuple):
     lowerings: int
     alive: list[int]
     rows: dict[str, dict[str, int]]
+    versions: dict[str, str]
 
     @property
     def steps(self) -> int:
@@ -137,8 +140,10 @@ class Soak:
         alive, warm = [], len(_lowered)
         for number in tqdm(range(1, steps + 1), unit="step"):
             carry = step(carry, params, np.int32(number), kinds[number - 1])
+            # Where steps queue up on a busy machine, XLA:CPU may run out of threads
+            # that wait for each other.
+            jax.block_until_ready(carry)
             if number == WARM or number % (steps // LOOKS) == 0:
-                jax.block_until_ready(carry)
                 gc.collect()
                 alive.append(len(jax.live_arrays("cpu")))
             if number == WARM:
@@ -160,6 +165,7 @@ class Soak:
             lowerings=lowerings,
             alive=alive,
             rows=rows,
+            versions={k: importlib.metadata.version(k) for k in ("jax", "optax")},
         )
 
 
@@ -233,34 +239,47 @@ def faults(found: Soaked) -> list[str]:
     return wrong
 
 
-def save(found: Soaked, path: pathlib.Path = RESULTS) -> None:
-    """The numbers of a run, one row a line, where `load` finds them."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "optax")}
-    about = found._asdict() | {"versions": versions}
-    rows = about.pop("rows")
-    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()]
-    text = json.dumps(about)[:-1] + ', "rows": {\n' + ",\n".join(lines) + "\n}}\n"
-    path.write_text(text)
+def save(runs: Sequence[Soaked], path: pathlib.Path = RESULTS) -> None:
+    """The numbers of some runs, one row a line, where `load` finds them."""
+    texts = []
+    for found in runs:
+        about = found._asdict()
+        rows = about.pop("rows")
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()]
+        texts.append(
+            json.dumps(about)[:-1] + ', "rows": {\n' + ",\n".join(lines) + "\n}}"
+        )
+    path.write_text("[" + ",\n".join(texts) + "]\n")
 
 
-def load(path: pathlib.Path = RESULTS) -> Soaked:
-    """The numbers that were saved."""
-    numbers = json.loads(path.read_text())
-    return Soaked(**{name: numbers[name] for name in Soaked._fields})
+def load(path: pathlib.Path = RESULTS) -> list[Soaked]:
+    """The numbers that were saved: runs of different rows."""
+    runs = json.loads(path.read_text())
+    return [Soaked(**{name: run[name] for name in Soaked._fields}) for run in runs]
+
+
+def left_out(runs: Sequence[Soaked]) -> tuple[list[Row], list[Constraint]]:
+    """The rows of the laws' table that no run has had."""
+    had = {name for found in runs for name in found.rows}
+    return [row for row in ROWS if row.name not in had], [
+        row for row in PROJECTIONS if f"project({row.name})" not in had
+    ]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--steps", type=int, default=20_000)
     options.add_argument("--save", action="store_true", help=f"renew {RESULTS.name}")
+    options.add_argument("--new", action="store_true", help="rows that it lacks only")
     chosen = options.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    found = Soak(ROWS, PROJECTIONS).run(chosen.steps)
+    before = load() if chosen.new else []
+    found = Soak(*left_out(before)).run(chosen.steps)
     print(f"{found.steps} steps: {found.drawn}; {found.alive[0]} live arrays")
     wrong = faults(found)
     print("\n".join(wrong) if wrong else f"{len(found.rows)} rows counted exactly")
     if chosen.save and not wrong:
-        save(found)
+        save([*before, found])
 
 
 if __name__ == "__main__":

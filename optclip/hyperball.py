@@ -102,7 +102,7 @@ def hyperball(
       ValueError: if optimizer is none, rate is negative, NaN, not a scalar or not a
         number, or grouping joins leaves; at init, if `where` selects nothing in a tree
         that has leaves; at update, if params are missing or of other shapes than the
-        updates.
+        updates, or state is another rule's.
 
     Reference: Hyperball 2026, https://arxiv.org/abs/2606.16899.
 
@@ -117,8 +117,7 @@ def hyperball(
     [[2.6499949 0.       ]
      [0.        4.2399917]] [-1. -1.]
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise error(f"optimizer must be an optimizer, got {optimizer!r}.")
+    checks.optimizer(optimizer=optimizer)
     checks.limit_like(rate=rate)
     optimizer = optax.with_extra_args_support(optimizer)
     sphere = init_sphere(grouping, axis_name=axis_name)
@@ -139,6 +138,8 @@ def hyperball(
         if params is None:
             raise error("params must be given to update, got None.")
         state = init(params) if state is None else state
+        if not isinstance(state, HyperballState):
+            raise checks.other_state(HyperballState, state)
         updates, inner_state = optimizer.update(
             updates, state.inner_state, params, **extra_args
         )

@@ -1,6 +1,7 @@
 """Spectral clipping: no singular value of an update is above a limit.
 
-    U diag(σ) Vᵀ  ->  U diag(min(σ, max_sigma)) Vᵀ   for each matrix
+    U diag(σ) Vᵀ  ->  U diag(min(σ, c)) Vᵀ   for each matrix, c = max_sigma
+    U diag(σ) Vᵀ  ->  U diag(σ / √(1 + σ²/c²)) Vᵀ   with soft=True
 
 A rule whose groups are matrices and whose factor differs from direction to direction,
 so it does not use the engine. The arithmetic is that of `sets.spectral_ball`, applied
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 
 from optclip._core import checks, metrics, numerics
-from optclip._core.public import error, public
+from optclip._core.public import public
 from optclip._core.types import Limit, Nonfinite, Stacked, Tree, Where
 from optclip.clipping.engine import ClipState
 from optclip.clipping.thresholds import at_step
@@ -29,6 +30,7 @@ from optclip.projections.project import Member, chosen_by, members
 def spectral_clip(
     max_sigma: Limit,
     *,
+    soft: bool = False,
     iterations: int | None = None,
     where: Where | None = None,
     stacked: Stacked = None,
@@ -47,12 +49,15 @@ def spectral_clip(
     Args:
       max_sigma: the largest singular value, a non-negative scalar in the units of the
         updates, or a schedule.
+      soft: whether every σ becomes σ / √(1 + σ²/max_sigma²) instead, SPECTRA's rule:
+        below max_sigma too, without a corner; one of max_sigma keeps 71 %. Static
+        (static_args).
       iterations: None for singular value decompositions, or how many Newton-Schulz
         steps to take instead, which are products of matrices alone. Results are within
         about a thousandth of the limit after 16, 24 and 32 steps, for singular values
         of ten, a hundred and a thousand times the limit; of larger ones within a
         hundredth above, but small directions beside them are lost. See
-        `sets.spectral_ball`. Static (static_args).
+        `sets.spectral_ball`. With soft half as many steps do. Static (static_args).
       where: which leaves: a regular expression searched in the "/"-joined path, a
         predicate `(path, leaf) -> bool`, or a tree of booleans that may be a prefix of
         the updates; None for all. Static (static_args).
@@ -71,21 +76,22 @@ def spectral_clip(
 
     Edge cases: a matrix within the limit keeps its bits, unless it is within 12 + 6√n
     units in the last place of it, for n rows or columns (with iterations it stays up to
-    rounding). Without iterations results are never above the limit, as
-    `sets.spectral_ball` says. Infinity: identity. 0 gives zeros. A NaN limit gives NaN.
-    A finite matrix whose size float32 cannot hold is clipped like any other.
+    rounding, with soft it shrinks). Without iterations results are never above the
+    limit, as `sets.spectral_ball` says. Infinity: identity. 0 gives zeros. A NaN limit
+    gives NaN. A finite matrix whose size float32 cannot hold is clipped like any other.
     Derivatives are finite at repeated singular values and at zero. It keeps copies of
-    a leaf in memory, about four, or six with iterations.
+    a leaf in float32, three, or up to nine with iterations. On a mesh stacked matrices
+    that are whole on their devices move nothing but a few numbers for the metrics; of
+    others moves what `sets.spectral_ball` says.
 
     Raises:
-      ValueError: if a static max_sigma is negative, NaN or not a number, iterations is
-        not a positive integer, or nonfinite is unknown; at init and update, if `where`
-        selects nothing, a leaf is complex, or it varies over a mesh axis inside
-        `shard_map`.
+      ValueError: if a static max_sigma is negative, NaN or not a number, soft is no
+        boolean, iterations is not a positive integer, or nonfinite is unknown; at init
+        and update, if `where` selects nothing, a leaf is complex, or it varies over a
+        mesh axis inside `shard_map`; at update, if state is another rule's.
 
-    Reference: SPECTRA 2026, https://arxiv.org/abs/2603.14315, which takes σ to
-    σ / √(1 + σ²/c²) instead and so shrinks every direction; the hard cap of this
-    function is among NVIDIA's Emerging-Optimizers too.
+    Reference: SPECTRA 2026, https://arxiv.org/abs/2603.14315, for the soft rule; the
+    hard cap is among NVIDIA's Emerging-Optimizers too.
 
     >>> import jax.numpy as jnp
     >>> updates = {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.5]])}
@@ -93,9 +99,14 @@ def spectral_clip(
     >>> print(updates["kernel"].round(4), state.metrics.size.round(4))
     [[1.  0. ]
      [0.  0.5]] 3.0
+    >>> updates = {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.5]])}
+    >>> print(spectral_clip(1.0, soft=True).update(updates, None)[0]["kernel"].round(4))
+    [[0.9487 0.    ]
+     [0.     0.4472]]
     """
     checks.limit_like(max_sigma=max_sigma)
     checks.choice(get_args(Nonfinite), nonfinite=nonfinite)
+    checks.choice((False, True), soft=soft)
     ball = spectral_ball(iterations=iterations, stacked=stacked)
     chosen = chosen_by(where)
     fill = jnp.nan if nonfinite == "propagate" else 0.0
@@ -119,7 +130,7 @@ def spectral_clip(
         del params, extra_args
         state = init(updates) if state is None else state
         if not isinstance(state, ClipState):
-            raise error(f"state must be a ClipState, got {type(state).__name__}.")
+            raise checks.other_state(ClipState, state)
         limit = at_step(max_sigma, state.metrics.steps)
         flat, treedef = jax.tree_util.tree_flatten(updates)
         chosen_leaves, wide = matrices_of(updates)
@@ -129,7 +140,7 @@ def spectral_clip(
             top = jnp.maximum(numerics.bound_in(limit, own), 0)
             usable = (top > 0) & (top < jnp.inf)
             bound = jnp.where(usable, top, 1)
-            found, size = capped(leaf, sides, bound, iterations, spikes=True)
+            found, size = capped(leaf, sides, bound, iterations, spikes=True, soft=soft)
             if iterations is not None:  # of the size only over or not over is known
                 some = jnp.max(jnp.abs(leaf)).astype(own)
                 size = jnp.where(usable | jnp.isnan(size), size, some)

@@ -16,15 +16,17 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optclip
+from tests.laws.collectives import collectives, mesh_of
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 ITERATIONS = pytest.mark.parametrize("iterations", [None, 24], ids=["svd", "products"])
 
 
-def oracle(w, limit):
+def oracle(w, limit, soft=False):
     u, s, vt = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
-    return (u * np.minimum(s, limit)[..., None, :]) @ vt
+    s = s / np.sqrt(1 + np.square(s / limit)) if soft else np.minimum(s, limit)
+    return (u * s[..., None, :]) @ vt
 
 
 def sigma(w):
@@ -38,11 +40,17 @@ def normal(*shape, seed=0, scale=1.0, dtype=jnp.float32):
 
 def clipped(tree, limit, **options):
     """The updates and the metrics; the limit is traced, as the kernels are shared."""
-    run = jax.jit(
-        lambda t, c: untyped(optclip.spectral_clip(c, **options)).update(t, None)
+    updates, state = jitted(**options)(tree, jnp.float32(limit))
+    return updates, state.metrics
+
+
+def jitted(**options):
+    """The update as a function of a tree and a limit."""
+    return untyped(
+        jax.jit(
+            lambda t, c: untyped(optclip.spectral_clip(c, **options)).update(t, None)
+        )
     )
-    updates, state = run(tree, jnp.float32(limit))
-    return untyped(updates), state.metrics
 
 
 @ITERATIONS
@@ -72,14 +80,50 @@ def test_bound_and_oracle(shape, scale, dtype, iterations):
         np.testing.assert_allclose(metrics.limit, limit, rtol=1e-6)
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(("times", "steps"), [(10, 16), (100, 24), (1000, 32)])
-def test_how_many_iterations(times, steps):
+def test_how_many_iterations(times, steps, soft):
     """Within a thousandth of the limit, as documented."""
     w = normal(12, 8, seed=3)
     limit = sigma(w)[0] / times
-    out, _ = clipped({"kernel": w}, limit, iterations=steps)
-    off = np.abs(sigma(np.asarray(out["kernel"], np.float64) - oracle(w, limit)))
-    assert off[0] <= 1.5e-3 * limit
+    steps = steps // 2 if soft else steps
+    out, _ = clipped({"kernel": w}, limit, iterations=steps, soft=soft)
+    off = np.asarray(out["kernel"], np.float64) - oracle(w, limit, soft)
+    assert sigma(off)[0] <= 1.5e-3 * limit
+
+
+@ITERATIONS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_soft(dtype, iterations):
+    """Every direction shrinks, at every magnitude, and none is above the limit."""
+    eps = float(jnp.finfo(dtype).eps)
+    shapes = {"square": (8, 8), "tall": (24, 5), "wide": (5, 24)}
+    run = jitted(iterations=iterations, soft=True)
+    for scale in (1e-30, 1.0, 1e30):
+        tree = {k: normal(*v, scale=scale, dtype=dtype) for k, v in shapes.items()}
+        largest = max(sigma(w)[0] for w in tree.values())
+        for share in (0.01, 0.3, 10.0):
+            limit = np.float32(share * largest)
+            out, state = run(tree, limit)
+            metrics = state.metrics
+            for name, w in tree.items():
+                got, want = np.asarray(out[name], "d"), oracle(w, float(limit), True)
+                size = min(float(limit), sigma(w)[0])
+                assert np.abs(got - want).max() <= size * max(4 * eps, 2e-5)
+                over = 1 if dtype == jnp.float32 else 1 + 4 * eps
+                assert sigma(got)[0] <= limit * over
+            if iterations is None:
+                np.testing.assert_allclose(metrics.size, largest, rtol=1e-5)
+                assert bool(metrics.clipped_steps) == (limit < largest)
+
+
+@ITERATIONS
+def test_soft_beside_a_spike(iterations):
+    """Rounding beside a singular value of 1e7 limits is no direction."""
+    w = 1e7 * jnp.outer(normal(8), normal(6, seed=1))
+    out, _ = clipped({"kernel": w}, 1.0, iterations=iterations, soft=True)
+    s = sigma(out["kernel"])
+    assert 0.99 < s[0] <= 1 and s[1] < (0.1 if iterations else 0.01)
 
 
 @ITERATIONS
@@ -181,10 +225,11 @@ def test_where_schedules_and_counts():
     assert 0 < counted < 30
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @ITERATIONS
-def test_derivatives_are_finite(iterations):
+def test_derivatives_are_finite(iterations, soft):
     """At zero, at repeated singular values, and far outside."""
-    run = functools.partial(optclip.spectral_clip, iterations=iterations)
+    run = functools.partial(optclip.spectral_clip, iterations=iterations, soft=soft)
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
@@ -197,16 +242,33 @@ def test_derivatives_are_finite(iterations):
                 assert np.all(np.isfinite(x))
 
 
+def test_the_derivative_of_the_soft_rule():
+    """Against differences, where singular values repeat too."""
+    w = jnp.diag(jnp.array([2.0, 2.0, 0.5])) + jnp.zeros((3, 3))
+    direction = normal(3, 3, seed=4)
+
+    def softened(x):
+        tx = optclip.spectral_clip(1.0, soft=True)
+        return untyped(tx).update({"w": x}, None)[0]["w"]
+
+    _, slope = jax.jvp(softened, (w,), (direction,))
+    above, below = (oracle(w + h * direction, 1.0, True) for h in (1e-4, -1e-4))
+    np.testing.assert_allclose(slope, (above - below) / 2e-4, atol=1e-4)
+
+
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+SOFT = pytest.mark.parametrize("soft", [False, True])
+
+
+@SOFT
+@AXIS_TYPES
 @ITERATIONS
-def test_sharded_matrices(iterations):
+def test_sharded_matrices(iterations, axis_type, soft):
     """Split over both axes of a mesh, stacked and not: as on one device."""
     tree = {"kernel": normal(8, 16), "stack": normal(4, 8, 16)}
     specs = {"kernel": P("data", "model"), "stack": P("data", None, "model")}
-    mesh = jax.make_mesh(
-        (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices("cpu")[:8],
-    )  # fmt: skip
-    options = {"iterations": iterations, "stacked": "stack"}
+    mesh = mesh_of(axis_type)
+    options = {"iterations": iterations, "stacked": "stack", "soft": soft}
     want, _ = clipped(tree, 1.0, **options)
     placed = {
         p: jax.device_put(x, NamedSharding(mesh, specs[p])) for p, x in tree.items()
@@ -215,7 +277,43 @@ def test_sharded_matrices(iterations):
         got, metrics = clipped(placed, 1.0, **options)
     for path, x in want.items():
         np.testing.assert_allclose(got[path], x, atol=1e-5)
+        assert got[path].sharding.is_equivalent_to(placed[path].sharding, x.ndim)
     assert metrics.clipped_steps == 1
+
+
+@SOFT
+@AXIS_TYPES
+@ITERATIONS
+def test_a_stack_that_is_split_over_its_matrices_moves_nothing(
+    iterations, axis_type, soft
+):
+    """But numbers for the metrics."""
+    tx = optclip.spectral_clip(1.0, iterations=iterations, stacked=True, soft=soft)
+    mesh = mesh_of(axis_type)
+    place = NamedSharding(mesh, P(("data", "model")))
+    grads = {"kernel": jax.ShapeDtypeStruct((8, 6, 4), jnp.float32, sharding=place)}
+    with on_mesh(mesh):
+        update = jax.jit(untyped(tx.update)).lower(
+            grads, jax.eval_shape(tx.init, grads)
+        )
+        found = collectives(update.compile().as_text() or "").everywhere
+    assert found and {sent.kind for sent in found} == {"all-reduce"}
+    assert max(sent.numbers for sent in found) <= 2
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA keeps more")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("iterations", "soft", "copies"),
+    [(None, False, 3), (None, True, 3), (16, False, 9), (16, True, 7)],
+)
+def test_memory(iterations, soft, copies, dtype):
+    """Law 11 for what factorises: so many copies of a leaf in float32."""
+    tx = optclip.spectral_clip(1.0, iterations=iterations, stacked=True, soft=soft)
+    grads = {"kernel": jax.ShapeDtypeStruct((4, 256, 256), dtype)}
+    update = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads))
+    temporary = untyped(update.compile().memory_analysis()).temp_size_in_bytes
+    assert temporary <= (copies + 0.1) * 4 * 4 * 256 * 256
 
 
 def test_in_parts_inside_shard_map_it_says_so():
@@ -239,6 +337,7 @@ def test_in_parts_inside_shard_map_it_says_so():
     ("options", "says"),
     [
         ({"iterations": 0}, "iterations must be an integer of at least 1, got 0."),
+        ({"soft": "yes"}, "soft must be False or True, got 'yes'."),
         ({"nonfinite": "x"}, "nonfinite must be 'propagate' or 'zero', got 'x'."),
         ({"where": "kernle"}, "where must select a leaf, got none of 'w'."),
     ],

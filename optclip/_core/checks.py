@@ -117,7 +117,19 @@ def same_shape(path: str, params: Any, updates: Any) -> None:
         )
 
 
-def choice(options: tuple[str, ...], **named: object) -> None:
+def optimizer(**named: object) -> None:
+    """Raises unless each value has the functions of a gradient transformation."""
+    for name, value in named.items():
+        if not (hasattr(value, "init") and hasattr(value, "update")):
+            raise _wrong(name, "an optimizer", repr(value))
+
+
+def other_state(kind: type, state: object) -> ValueError:
+    """What is wrong with a state that is not of the kind that `init` makes."""
+    return _wrong("state", f"a {kind.__name__}", type(state).__name__)
+
+
+def choice(options: tuple[str | bool, ...], **named: object) -> None:
     """Raises unless each value is one of the options."""
     for name, value in named.items():
         if value not in options:

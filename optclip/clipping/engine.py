@@ -34,7 +34,6 @@ from optclip._core.groups import (
 )
 from optclip._core.measures import Measure
 from optclip._core.metrics import ClipMetrics
-from optclip._core.public import error
 from optclip._core.sizes import Rough, in_doubt, precise_sizes, summed_sizes
 from optclip._core.types import AxisName, Tree
 from optclip.clipping.other_sizes import (
@@ -162,8 +161,7 @@ class Clip:
             state = self.init(updates if params is None else params)
         kind = ClipState if self.recorder is None else RecordedClipState
         if not isinstance(state, kind):
-            found = type(state).__name__
-            raise error(f"state must be a {kind.__name__}, got {found}.")
+            raise checks.other_state(kind, state)
         groups, leaves = gather(updates, self.grouping, self.mesh_axes)
         known = _Known(None, None, state.metrics.steps)
         if self.learns:

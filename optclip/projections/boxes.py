@@ -21,7 +21,7 @@ from optclip._core.public import error, public
 from optclip._core.rounding import bound_towards, static_bound
 from optclip._core.types import AxisName, Radius, Shapes
 from optclip.projections.base import Set, as_it_is, bound_array, not_real
-from optclip.projections.radii import by_path
+from optclip.projections.radii import broadcasts, by_path
 
 Bound: TypeAlias = np.ndarray | jax.Array
 
@@ -200,15 +200,14 @@ def _interval(ends_of: Callable[[str], tuple[Bound, Bound]]) -> Set:
         inward = static_bound if static else bound_towards
         ends = []
         for name, bound, toward in (("lower", low, np.inf), ("upper", high, -np.inf)):
-            own = (1,) * (leaf.ndim - bound.ndim) + bound.shape
-            pairs = zip(own, leaf.shape, strict=False)
-            if len(own) != leaf.ndim or not all(n in (1, size) for n, size in pairs):
+            if bound.ndim and not broadcasts(bound.shape, leaf.shape):
                 raise error(
                     f"{name} must broadcast against every leaf, got shape "
                     f"{bound.shape} for {path!r} of shape {leaf.shape}."
                 )
-            aligned = bound.reshape(own) if bound.ndim else bound
-            ends.append(inward(aligned, leaf.dtype, toward))
+            if bound.ndim:
+                bound = bound.reshape((1,) * (leaf.ndim - bound.ndim) + bound.shape)
+            ends.append(inward(bound, leaf.dtype, toward))
         lower, upper = ends
         if static and np.any(lower > upper):
             raise error(

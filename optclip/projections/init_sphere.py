@@ -38,9 +38,10 @@ def init_sphere(grouping: Grouping = per_leaf(), *, axis_name: AxisName = None) 
     Returns:
       A set for `project`, `project_params` and `intersection`. In `project_params` a
       parameter's own values are the start, so nothing moves. `project` keeps one number
-      a group in its state: those of whole leaves in one vector, others in an array for
-      each leaf, of the leaf's rank with 1 in place of the axes of the norm. Inside
-      `shard_map` that array takes the leaf's own partition on the axes that it keeps.
+      a group in its state: those of whole leaves, and of leaves with one axis, in one
+      vector, others in an array for each leaf, of the leaf's rank with 1 in place of
+      the axes of the norm. Inside `shard_map` that array takes the leaf's own partition
+      on the axes that it keeps.
 
     Edge cases: a group that starts at zero has no norm to keep and is left free. One
     that is zero later has no nearest point and stays zero. A norm within one unit in

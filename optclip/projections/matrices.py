@@ -191,13 +191,14 @@ def capped(
     bound: ArrayLike,
     iterations: int | None,
     spikes: bool = False,
+    soft: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Matrices with no singular value above a positive bound, and how large they were.
 
     How large is the largest singular value of each; by products, which do not find it,
     the bound or, where more than a thousandth of it was taken off, twice the bound.
     With `spikes`, products that would leave the largest far above the bound lose the
-    small directions beside it instead.
+    small directions beside it instead. `soft` takes σ to σ / √(1 + σ²/bound²).
     """
     w, undo, finite = _matrices(x, sides)
     # How far off a singular value may be, as computed: what is at most one margin
@@ -208,12 +209,15 @@ def capped(
     goal = top * (1 - rounding - 2 * margin)
     near, unit = _near(w, goal)
     if iterations is None:
-        found, s = polar.mapped(near, polar.cap(margin))
+        found, s = polar.mapped(near, (polar.soft if soft else polar.cap)(margin))
         largest = jnp.max(s, axis=-1, initial=0)[..., None, None] * unit
         largest = jnp.minimum(largest, jnp.finfo(w.dtype).max)
     else:
-        within = _within_reach(near, iterations) if spikes else near
-        found = polar.capped_by_products(within, iterations)
+        # A cap takes products of wᵀw, whose singular values are the squares.
+        steps = iterations if soft else iterations / 2
+        within = _within_reach(near, steps) if spikes else near
+        by = polar.softened_by_products if soft else polar.capped_by_products
+        found = by(within, iterations)
         off = jnp.sum(jnp.square(near - found), axis=(-2, -1), keepdims=True)
         largest = jnp.where(off > 1e-6, 2 * top, top)
     inside = jnp.all(found == near, axis=(-2, -1), keepdims=True)
@@ -222,9 +226,9 @@ def capped(
     return undo(rounded(found, x.dtype)).astype(x.dtype), largest
 
 
-def _within_reach(near: jax.Array, iterations: int) -> jax.Array:
+def _within_reach(near: jax.Array, steps: float) -> jax.Array:
     """As large as these steps bring to within a hundredth of the goal, at most."""
-    reach = 0.2 * 1.875 ** (iterations / 2)
+    reach = 0.2 * 1.875**steps
     squares = jnp.sum(jnp.square(near), axis=(-2, -1), keepdims=True)
     return near * (reach / jnp.maximum(numerics.safe_sqrt(squares), reach))
 

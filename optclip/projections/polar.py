@@ -2,8 +2,9 @@
 
     W = U diag(σ) Vᵀ  ->  U diag(f(σ)) Vᵀ
 
-`matrices` has the two sets that use them: f(σ) = min(σ, 1) and f(σ) = 1. The last two
-axes are a matrix, all others count matrices. W is float32 or wider, and finite.
+`matrices` has the two sets that use them, f(σ) = min(σ, 1) and f(σ) = 1, and for
+`spectral_clip` f(σ) = σ / √(1 + σ²). The last two axes are a matrix, all others count
+matrices. W is float32 or wider, and finite.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def cap(slack: float) -> Spectral:
     return Spectral(_capped, _capped_slope, slack)
 
 
+def soft(slack: float) -> Spectral:
+    """σ / √(1 + σ²): what is far below 1 stays, what is far above becomes 1."""
+    return Spectral(_softened, _softened_slope, slack)
+
+
 def one(slack: float) -> Spectral:
     """All become 1 but those that are 0, to the slack beside the largest."""
     return Spectral(_ones, jnp.zeros_like, slack, polished=True)
@@ -50,14 +56,24 @@ def one(slack: float) -> Spectral:
 
 def _capped(s: jax.Array, slack: float) -> jax.Array:
     stays = jnp.all(s <= 1 + slack, axis=-1, keepdims=True)
+    return jnp.where(stays, s, _without_noise(s, jnp.minimum(s, 1), slack))
+
+
+def _without_noise(s: jax.Array, values: jax.Array, slack: float) -> jax.Array:
     noise = slack * jnp.max(s, axis=-1, keepdims=True)
-    return jnp.where(
-        stays, s, jnp.where((s <= noise) & (noise > 1), 0, jnp.minimum(s, 1))
-    )
+    return jnp.where((s <= noise) & (noise > 1), 0, values)
 
 
 def _capped_slope(s: jax.Array) -> jax.Array:
     return (s <= 1).astype(s.dtype)
+
+
+def _softened(s: jax.Array, slack: float) -> jax.Array:
+    return _without_noise(s, s / jnp.sqrt(1 + jnp.square(s)), slack)
+
+
+def _softened_slope(s: jax.Array) -> jax.Array:
+    return (1 + jnp.square(s)) ** -1.5
 
 
 def _ones(s: jax.Array, slack: float) -> jax.Array:
@@ -155,6 +171,15 @@ def capped_by_products(w: jax.Array, iterations: int) -> jax.Array:
     polar = polar_by_products(w, iterations)
     below, above = _purified((unit - sign) / 2), _purified((unit + sign) / 2)
     return times(w, below) + times(polar, above)
+
+
+def softened_by_products(w: jax.Array, iterations: int) -> jax.Array:
+    """w (1 + wᵀw)^(-1/2): the polar factor of w above the identity, less the latter."""
+    if w.shape[-2] < w.shape[-1]:
+        return softened_by_products(w.mT, iterations).mT
+    unit = identity(w) + jnp.zeros_like(w[..., :1, :])  # lies where w does
+    both = jnp.concatenate([w, unit], axis=-2)
+    return polar_by_products(both, iterations)[..., : w.shape[-2], :]
 
 
 def _purified(x: jax.Array) -> jax.Array:

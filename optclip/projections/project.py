@@ -87,7 +87,8 @@ def project(
     Raises:
       ValueError: if constraint is no set, or every is not a positive integer; at init,
         if `where` selects nothing in a tree that has leaves, or a set does not fit a
-        leaf; at update, if params are missing or of other shapes than the updates.
+        leaf; at update, if params are missing or of other shapes than the updates, or
+        state is another rule's.
 
     >>> import jax.numpy as jnp, optax, optclip
     >>> tx = optax.chain(optax.sgd(1.0), project(optclip.sets.nonnegative()))
@@ -106,6 +107,7 @@ def projecting(
     set_of = sets_by_path(constraint)
     checks.at_least(1, every=every)
     projected = functools.partial(landed, set_of, chosen)
+    has_memory = remembers(constraint)
 
     def init(params: optax.Params) -> ProjectState:
         kept = [
@@ -114,7 +116,7 @@ def projecting(
         ]
         apart = tuple(part for part in kept if part is not None and part.ndim != 1)
         memory: Memory = ()
-        if remembers(constraint):  # of an empty tree as well
+        if has_memory:  # of an empty tree as well
             vectors = [part for part in kept if part is not None and part.ndim == 1]
             memory = joined(vectors or [jnp.zeros((1,), jnp.float32)])
         steps = jnp.zeros((), jnp.int32) if every > 1 else ()
@@ -130,9 +132,14 @@ def projecting(
         if params is None:
             raise error("params must be given to update, got None.")
         state = init(params) if state is None else state
+        if not isinstance(state, ProjectState):
+            raise checks.other_state(ProjectState, state)
+        counts, recalls = (not isinstance(part, tuple) for part in state[:2])
+        if (counts, recalls) != (every > 1, has_memory):
+            raise error("state must be that of this rule, got one of other arguments.")
         if every == 1:
             return projected(updates, state, params), state
-        steps = jnp.asarray(optax.safe_increment(state.steps))
+        steps = jnp.asarray(optax.safe_increment(jnp.asarray(state.steps)))
         state = state._replace(steps=steps)
         updates = jax.lax.cond(
             steps % every == 0, projected, _unchanged, *(updates, state, params)
@@ -172,10 +179,7 @@ def landed(
             continue  # a frozen parameter has no update, or MaskedNode for one
         p, u = member.leaf, jnp.asarray(flat[number])
         if p.shape != u.shape:
-            raise error(
-                f"params must have the shapes of updates, got {p.shape} for "
-                f"{u.shape} at {member.path!r}."
-            )
+            checks.same_shape(member.path, p, u)
         u = u if resize is None else resize(member, u, own)
         measured = member.set.measure(Sum((p, u)), member.extent)
         u, y = applied(p, u)

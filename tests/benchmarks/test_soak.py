@@ -32,11 +32,15 @@ def test_a_wrong_count_would_be_noticed(found):
 
 def test_what_is_saved_is_what_was_found(found, tmp_path):
     path = tmp_path / "soak.json"
-    soak.save(found, path)
-    assert soak.load(path) == found
+    other = found._replace(rows={"clip": found.rows["clip_by_value"]})
+    soak.save([found, other], path)
+    assert soak.load(path) == [found, other]
 
 
-def test_the_committed_run_was_long_and_found_no_fault():
+def test_the_committed_runs_were_long_and_found_no_fault():
     committed = soak.load()
-    assert committed.steps >= 20_000
-    assert soak.faults(committed) == []
+    for run in committed:
+        assert run.steps >= 20_000
+        assert soak.faults(run) == []
+    # Of a new row: python -m benchmarks.soak --new --save
+    assert soak.left_out(committed) == ([], [])

@@ -5,7 +5,6 @@ without a recorder. The laws' table has rows that record, too.
 """
 
 import math
-import re
 from typing import Any
 
 import chex
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import ClipState, groupings, measures, thresholds
 from optclip._core import numerics
+from tests.laws.collectives import collectives, mesh_of
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
@@ -212,18 +212,13 @@ def test_half_a_megabyte():
     assert 128 * 1000 * 4 <= nbytes(state.recorder) <= 128 * 1000 * 4 + 128 * 16
 
 
-MESH = (4, 2), ("data", "model")
 needs_mesh = pytest.mark.skipif(
     len(jax.devices("cpu")) < 8, reason="needs eight host devices"
 )
 
 
-def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
-    return jax.make_mesh(*MESH, axis_types=(kind,) * 2, devices=jax.devices("cpu")[:8])
-
-
-def collectives(compiled: Any) -> list[str]:
-    return sorted(re.findall(r" (all-[a-z]+|collective-[a-z]+)(?:-start)?\(", compiled))
+def kinds_of(text: str | None) -> list[str]:
+    return sorted(sent.kind for sent in collectives(text or "").everywhere)
 
 
 @needs_mesh
@@ -238,7 +233,7 @@ def test_it_sends_nothing_more_under_jit(rule, kind):
         with on_mesh(mesh):
             state = jax.eval_shape(tx.init, grads)
             text = jax.jit(tx.update).lower(grads, state).compile().as_text()
-        return collectives(text)
+        return kinds_of(text)
 
     assert sent(rule(1.0)) and sent(rule(1.0, record=4)) == sent(rule(1.0))
 
@@ -266,8 +261,7 @@ def test_it_sends_nothing_more_in_shard_map(name):
         )
 
     alone, recorded = (
-        collectives(mapped(record).lower(grads).compile().as_text())
-        for record in (0, 4)
+        kinds_of(mapped(record).lower(grads).compile().as_text()) for record in (0, 4)
     )
     assert alone and recorded == alone
     past, want = (

@@ -74,6 +74,20 @@ def test_the_same_factor_at_every_step_cancels(limit):
     assert off(optax.chain(clip, sgd), STREAM, sgd) > 0.5
 
 
+def test_of_several_norms_every_step_comes_to_weigh_the_same():
+    """Other updates than without a clip, at any limit below all norms the same ones."""
+    factors = np.exp(np.random.default_rng(0).normal(size=len(STREAM)))
+    varied = [
+        jax.tree.map(lambda x, by=by: x * jnp.float32(by), grads)
+        for by, grads in zip(factors, STREAM, strict=True)
+    ]
+    assert min(optclip.global_norm(grads) for grads in varied) > 10
+    for limit in (10.0, 1.0):
+        tx = optax.chain(optclip.clip_by_global_norm(limit), MUON)
+        assert off(tx, varied, MUON, varied) > 0.2
+        assert off(tx, varied) < 1e-5  # of STREAM, whose norms are one
+
+
 def test_a_tiny_limit_acts_through_eps():
     assert off(optax.chain(optclip.clip_by_global_norm(1e-7), MUON), STREAM) > 0.1
 

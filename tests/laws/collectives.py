@@ -141,9 +141,9 @@ RULES = [
 
 
 def table(leaves: int = 12, shape: tuple[int, int] = (1024, 1024)) -> str:
-    """A row a rule: all-reduces and bytes of a step, and of the rare branch."""
+    """A row a rule: collectives and bytes of a step, and of the rare branch."""
     lines = [
-        "| rule | all-reduces | bytes | more in the rare branch | bytes |",
+        "| rule | collectives | bytes | more in the rare branch | bytes |",
         "|---|---|---|---|---|",
     ]
     for name, tx in RULES:

@@ -51,9 +51,10 @@ class Row(NamedTuple):
         is rounded as XLA pleases.
       least_limit: positive limits below it may not give the oracle's outputs.
       fuses: whether an optimizer's kernels clip what they read, or the reason not.
-      sums: how many times a joint rule's program holds the sums of a global norm: once,
-        and once more in the second pass, which looks for the largest element first
-        where summands are higher powers than squares.
+      sums: how many times a joint rule's program holds the reductions of a global norm:
+        once, and once more in the second pass. Three where summands are powers above
+        squares, for which no two scales bring all of float32 into range, as they do
+        for squares: the second pass needs the largest element before it can sum.
       dtypes: in which the laws of values run it, None for all: what a rule records
         changes no update, as a test of its own compares bit for bit.
     """
@@ -274,6 +275,13 @@ ROWS = [
         public="clip_by",
     ),
     Row(
+        "clip_by-per_matrix",
+        "clip",
+        _parts(groupings.per_matrix(stacked="^b/kernel")),
+        {"grouping": "matrix"},
+        public="clip_by",
+    ),
+    Row(
         "clip_by-measured",
         "clip",
         _parts(groupings.whole(measured="kernel|mlp")),
@@ -360,6 +368,17 @@ ROWS = [
         identity=SINGULAR,
         variant=True,
         has_metrics="products find no singular value, so there are counters only",
+        complex=ORDER,
+    ),
+    Row(
+        "spectral_clip-soft",
+        "matrix",
+        lambda limit, **options: optclip.spectral_clip(limit, soft=True, **options),
+        {"grouping": "leaf"},
+        public="spectral_clip",
+        argument="max_sigma",
+        identity="each singular value shrinks, by its definition",
+        variant=True,
         complex=ORDER,
     ),
     _adaptive("spike_clip", window=4)._replace(ulps=8),

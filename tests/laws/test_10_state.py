@@ -173,6 +173,37 @@ def test_a_restored_state_goes_on(tmp_path):
     assert optclip.metrics(goes_on[1])["0/steps"] == 2
 
 
+@pytest.mark.parametrize(
+    "row", rows("clip", "enlarging", "adaptive", "matrix", "measuring", "wrapper")
+)
+def test_the_state_of_another_rule_is_refused_by_name(row):
+    other = optax.scale_by_adam().init(tree())
+    with pytest.raises(
+        ValueError, match=f"^{row.public}: state must be a .*State, got "
+    ):
+        row.build(1.0).update(tree(), other, tree())
+
+
+@pytest.mark.parametrize("row", projections())
+def test_so_is_that_of_another_projection(row):
+    params = {"kernel": jnp.ones((4, 3))}
+    tx = untyped(row.transform(1.0))
+    name = "hyperball" if row.around else "project"
+    kind = "Hyperball" if row.around else "Project"
+    boxed = optclip.project(optclip.sets.box(-1.0, 1.0), every=2)
+    wrapped = optax.chain(boxed).init(params)
+    with pytest.raises(ValueError, match=f"^{name}: state must be a {kind}State, got"):
+        tx.update(params, wrapped, params)
+    with pytest.raises(ValueError, match=f"^{name}: state must be "):
+        tx.update(params, boxed.init(params), params)
+
+
+def test_a_schedule_of_bounds_wants_its_step():
+    tx = optclip.clip_by_value(optax.constant_schedule(1.0))
+    with pytest.raises(ValueError, match=r"^clip_by_value: state must be a StepState"):
+        tx.update(tree(), optax.EmptyState())
+
+
 # A threshold with state.
 
 

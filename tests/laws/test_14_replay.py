@@ -24,7 +24,7 @@ REFUSED = {
     "unit": r"groups of per_unit\(",
     "element": r"groups of per_element\(",
     "example": r"groups of per_example\(",
-    "matrix": r"a rule of matrices",
+    "matrix": r"(a rule of matrices|groups of per_matrix\()",
 }
 
 

@@ -32,12 +32,19 @@ def size(values: np.ndarray, measure: str | float) -> float:
 
 
 def groups(tree: Tree, grouping: str) -> list[Group]:
-    """The groups of a tree; labels are first letters, units the columns."""
+    """The groups of a tree; labels are first letters, units the columns.
+
+    Matrices are leaves, but for a stack of two under "b".
+    """
     everything = [(path, ()) for path in tree]
     if grouping == "whole":
         return [everything]
     if grouping == "leaf":
         return [[entry] for entry in everything]
+    if grouping == "matrix":
+        layers = [("b/kernel", (n,)) for n in range(len(tree["b/kernel"]))]
+        leaves = [entry for entry in everything if entry[0] != "b/kernel"]
+        return [[entry] for entry in [*leaves, *layers]]
     if grouping == "label":
         labels = sorted({path[0] for path in tree})
         return [[e for e in everything if e[0][0] == label] for label in labels]

@@ -109,8 +109,7 @@ def skip_step(
     [0.] 2
     """
     checks.at_least(1, max_consecutive=max_consecutive)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise error(f"inner must be an optimizer, got {inner!r}.")
+    checks.optimizer(inner=inner)
     inner = optax.with_extra_args_support(inner)
     watch = _watch("threshold", threshold, measure, axis_name)
     value_watch = None
@@ -136,6 +135,8 @@ def skip_step(
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             state = init(updates if params is None else params)
+        if not isinstance(state, SkipState):
+            raise checks.other_state(SkipState, state)
         watched: Any
         _, watched = watch.update(updates, state.watch, params)
         finite, high = _judge(watched)

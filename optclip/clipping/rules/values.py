@@ -95,6 +95,8 @@ def clip_by_value(
     ) -> tuple[optax.Updates, State]:
         del params, extra_args
         state = init(updates) if state is None else state
+        if scheduled and not isinstance(state, StepState):
+            raise checks.other_state(StepState, state)
         step = state.steps if isinstance(state, StepState) else None
         clip_to = _within_modulus if symmetric else _between
         now = [_at_step(bound, step) for bound in bounds]
