@@ -34,6 +34,12 @@ NAMESPACES = (
     "plot",
 )
 
+# Types whose own name says more in a signature than what they stand for.
+ALIASES = (
+    *("ArrayLike", "AxisName", "Constraint", "DTypeLike", "Limit", "Model"),
+    *("Radius", "Rules", "Tree", "Where"),
+)
+
 # What the site has no page for: other libraries, and types that only annotate.
 ELSEWHERE = r"(?!optclip\.[a-z_.]+$).*|optclip\.(_core|clipping|projections|insight).*"
 
@@ -201,7 +207,7 @@ def _row(place: str, name: str) -> str:
 
 SECTION = re.compile(r"(Edge cases|References?): +(\S.*)")
 HEADED = re.compile(r"[A-Z][\w ]*:")
-CODE_OR_LINK = re.compile(r"`([^`]+)`|\[([^\]]+)\]\(([^)]+)\)")
+CODE_OR_LINK = re.compile(r"`([^`]+)`|\[([^\[\]]+)\]\(([^)]+)\)")
 
 
 def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]):
@@ -226,7 +232,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 
     lines[:] = _joined(lines)
     out: list[str] = []
-    section, literal = False, False
+    section, literal, example = False, False, True
     for number, line in enumerate(lines):
         before = lines[number - 1] if number else ""
         indent = len(line) - len(line.lstrip())
@@ -238,10 +244,14 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
             out and _in_doctest(lines, number)
         ):
             literal, section = False, False
+            if example:
+                out += [".. rubric:: Example", ""]
+                example = False
             out.append(line)
         elif match := SECTION.fullmatch(line):
             section = literal = False
-            out += [f".. rubric:: {match[1]}", "", inline(match[2])]
+            text = match[2][0].upper() + match[2][1:]
+            out += [f".. rubric:: {match[1]}", "", inline(text)]
         elif HEADED.fullmatch(line):
             section, literal = True, False
             out.append(line)

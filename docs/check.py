@@ -84,6 +84,7 @@ def looked_at(
             chrome.get(f"{address}/{page}")
             if "404" in chrome.title or "Error response" in chrome.title:
                 yield f"{page}: not found"
+                chrome.get_log("browser")  # says the same
                 continue
             wide = chrome.execute_script("return document.documentElement.scrollWidth")
             if wide > width:

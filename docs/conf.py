@@ -52,6 +52,7 @@ nb_merge_streams = True
 napoleon_use_ivar = True  # attributes are in the docstring of their class
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_type_aliases = {name: name for name in api_pages.ALIASES}
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 72
 python_use_unqualified_type_names = True
@@ -68,8 +69,10 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "navigation_with_keys": False,
+    "navbar_persistent": [],
 }
-html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

@@ -151,7 +151,7 @@ def page_of(full_name: str) -> str | None:
 def papers(value: Any) -> list[str]:
     """The linked references in a docstring, as Markdown."""
     doc = inspect.getdoc(value) or ""
-    return list(dict.fromkeys(re.findall(r"\[[^\]]+\]\(https?://[^)]+\)", doc)))
+    return list(dict.fromkeys(re.findall(r"\[[^\[\]]+\]\(https?://[^)]+\)", doc)))
 
 
 # Rules.
@@ -394,7 +394,7 @@ def index() -> str:
     parts = ["# Gallery", "One picture for every rule, set and preset."]
     for place, entries in KINDS.items():
         title, legend = TITLES[place], LEGENDS[place]
-        columns = "2 3 4 5" if place == "optclip.sets" else "1 2 2 3"
+        columns = "2 3 4 4" if place == "optclip.sets" else "1 2 2 3"
         cards = [f"::::{{grid}} {columns}", ":gutter: 2", ""]
         for name in entries:
             page = page_of(f"{place}.{name}")
