@@ -228,6 +228,8 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
                 if match[1]
                 else f"`{match[2]} <{match[3]}>`__"
             )
+            if line[end : end + 1].isalnum():  # as in `array`s
+                parts.append("\\ ")
         return "".join([*parts, _escaped(line[end:])])
 
     lines[:] = _joined(lines)

@@ -18,7 +18,7 @@ import inspect
 import pathlib
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -224,18 +224,17 @@ def project(name: str, points: np.ndarray) -> np.ndarray:
     """The nearest points of a set, of all points (n, 2) at once."""
     constraint = eval(SETS[name], CODE)
 
-    def vector(point: Any) -> Any:
+    def vector(point: jax.Array) -> Any:
         if name in MATRICES:
             matrix = jnp.diag(point)
             return jnp.diag(optclip.project_params(matrix, constraint))
         kernel = point[:, None]  # one unit with two inputs
         if not name.startswith("init_"):
-            nearest: Any = optclip.project_params(kernel, constraint)
-            return nearest[:, 0]
+            return cast(Any, optclip.project_params(kernel, constraint))[:, 0]
         start = jnp.asarray(START)[:, None]
         tx: Any = optclip.project(constraint)
         updates, _ = tx.update(kernel - start, tx.init(start), start)
-        return optax.apply_updates(start, updates)[:, 0]
+        return cast(Any, optax.apply_updates(start, updates))[:, 0]
 
     return np.asarray(jax.jit(jax.vmap(vector))(jnp.asarray(points)))
 
