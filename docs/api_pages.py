@@ -40,8 +40,8 @@ ALIASES = (
     *("Radius", "Rules", "Tree", "Where"),
 )
 
-# What the site has no page for: other libraries, and types that only annotate.
-ELSEWHERE = r"(?!optclip\.[a-z_.]+$).*|optclip\.(_core|clipping|projections|insight).*"
+# What the site has no page for: all but a name of optclip or of a namespace.
+ELSEWHERE = rf"(?!optclip\.(?:(?:{'|'.join(NAMESPACES)})\.)?\w+$).*"
 
 
 def namespace(name: str) -> ModuleType:
@@ -302,6 +302,17 @@ def _code(text: str, place: str, parameters: set[str]) -> str:
 
 def _escaped(text: str) -> str:
     return re.sub(r"([*|\\]|_(?!\w))", r"\\\1", text)
+
+
+def signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, given: Any, back: Any
+) -> tuple[Any, Any]:
+    """Sphinx's event: an alias in a union has its name only, not how Sphinx holds it."""
+
+    def named(text: str | None) -> str | None:
+        return text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+
+    return named(given), named(back)
 
 
 def skipped(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any):

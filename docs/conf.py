@@ -89,5 +89,6 @@ def setup(app):
     warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)
     # Before napoleon, whose handler has priority 500, reads the sections.
     app.connect("autodoc-process-docstring", api_pages.as_rst, priority=400)
+    app.connect("autodoc-process-signature", api_pages.signature)
     app.connect("autodoc-skip-member", api_pages.skipped)
     app.connect("missing-reference", api_pages.resolve)

@@ -140,6 +140,12 @@ def test_docstrings_become_restructuredtext():
     ]
 
 
+def test_signatures_name_their_aliases():
+    given = "(max_norm: TypeAliasForwardRef('Limit') | None = None)"
+    back = api_pages.signature(None, "", "", None, None, given, None)
+    assert back == ("(max_norm: Limit | None = None)", None)
+
+
 def test_benchmarks_are_the_committed_numbers():
     table = benchmark_tables.side_by_side()
     (file,) = benchmark_tables.RESULTS.glob("speed-*.json")
