@@ -307,7 +307,7 @@ def _escaped(text: str) -> str:
 def signature(
     app: Any, what: str, name: str, obj: Any, options: Any, given: Any, back: Any
 ) -> tuple[Any, Any]:
-    """Sphinx's event: an alias in a union has its name only, not how Sphinx holds it."""
+    """Sphinx's event: an alias in a union is its name, not how Sphinx holds it."""
 
     def named(text: str | None) -> str | None:
         return text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
