@@ -205,7 +205,7 @@ def _row(place: str, name: str) -> str:
 
 # Reading docstrings.
 
-SECTION = re.compile(r"(Edge cases|References?): +(\S.*)")
+SECTION = re.compile(r"(Edge cases|Metrics|References?): +(\S.*)")
 HEADED = re.compile(r"[A-Z][\w ]*:")
 CODE_OR_LINK = re.compile(r"`([^`]+)`|\[([^\[\]]+)\]\(([^)]+)\)")
 
@@ -234,12 +234,18 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 
     lines[:] = _joined(lines)
     out: list[str] = []
-    section, literal, example = False, False, True
+    section, literal, example, entries = False, False, True, False
     for number, line in enumerate(lines):
         before = lines[number - 1] if number else ""
         indent = len(line) - len(line.lstrip())
+        entries = entries and bool(line.strip())
         if not line.strip():
             out.append("")
+        elif entries and indent == 2 and ": " in line:
+            keys, _, text = line.strip().partition(": ")
+            out += ["", f"* ``{keys}``: {inline(text)}"]
+        elif entries:
+            out.append(f"  {inline(line.strip())}")
         elif literal and indent:
             out.append(line)
         elif line.lstrip().startswith((">>>", "...")) or (
@@ -252,6 +258,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
             out.append(line)
         elif match := SECTION.fullmatch(line):
             section = literal = False
+            entries = match[1] == "Metrics"
             text = match[2][0].upper() + match[2][1:]
             out += [f".. rubric:: {match[1]}", "", inline(text)]
         elif HEADED.fullmatch(line):
