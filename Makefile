@@ -6,6 +6,9 @@
 #   make test-oldest  the test suite on the oldest supported releases
 #   make test-newest  the test suite on the newest Python and the newest releases found
 #   make bench        time optclip against its peers; BENCH='--scale 0.1' for less
+#   make docs         build the site into docs/_build/html; warnings are errors
+#   make docs-serve   build it and show it on http://localhost:8000
+#   make docs-check   build it and look at it with headless Chromium
 #   make clean        remove everything that these targets made
 
 PYTHON ?= python3
@@ -16,7 +19,10 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= $(or $(shell for p in python3.13 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done),$(PYTHON))
 
-.PHONY: demo test quick lint test-oldest test-newest bench clean
+DOCS := .venv-docs
+SITE := docs/_build/html
+
+.PHONY: demo test quick lint test-oldest test-newest bench docs docs-serve docs-check clean
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python examples/regression.py
@@ -43,11 +49,20 @@ test-newest: | $(NEWEST)/bin/python
 bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
-clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist examples/output .hypothesis .pytest_cache .ruff_cache
-	find optclip tests examples benchmarks -type d -name __pycache__ -exec rm -rf {} +
+docs: $(DOCS)/docs.stamp
+	$(DOCS)/bin/python -m sphinx -q -j 2 -W --keep-going -b html docs $(SITE)
 
-$(VENV)/bin/python $(OLDEST)/bin/python:
+docs-serve: docs
+	$(DOCS)/bin/python -m http.server 8000 --bind localhost --directory $(SITE)
+
+docs-check: docs $(DOCS)/docs-check.stamp
+	$(DOCS)/bin/python docs/check.py $(SITE) docs/_build/pictures
+
+clean:
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist examples/output docs/_build docs/_generated docs/api docs/gallery .hypothesis .pytest_cache .ruff_cache
+	find optclip tests examples benchmarks docs -type d -name __pycache__ -exec rm -rf {} +
+
+$(VENV)/bin/python $(OLDEST)/bin/python $(DOCS)/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(NEWEST)/bin/python:
@@ -60,4 +75,8 @@ $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
 
 $(OLDEST)/%.stamp: pyproject.toml tests/oldest.txt | $(OLDEST)/bin/python
 	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[$*]'
+	touch $@
+
+$(DOCS)/%.stamp: pyproject.toml | $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --quiet --editable '.[$*]'
 	touch $@

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-FENCE = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
+# A program, executed by the site too where it is a {code-cell}; or what one prints.
+FENCE = re.compile(
+    r"```(?:\{code-cell\} )?(python|text)\n(?:(?::\w[^\n]*\n)+\n)?(.*?)```", re.DOTALL
+)
 CELL = re.compile(r"```\{code-cell\}[^\n]*\n((?::[^\n]*\n)*)(.*?)```", re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""What docs/beside_muon.md says of `optax.contrib.muon`, claim by claim.
+"""What docs/guides/beside_muon.md says of `optax.contrib.muon`, claim by claim.
 
 First its programs, then the numbers behind its words, with the limits between which
 each of them holds.
@@ -56,7 +56,7 @@ def off(tx, stream, other=MUON, others=STREAM):
 
 
 def test_programs_print_what_the_page_says():
-    pages.run("docs/beside_muon.md")
+    pages.run("docs/guides/beside_muon.md")
 
 
 def test_the_singular_values_are_about_one():

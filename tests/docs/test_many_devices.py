@@ -30,7 +30,7 @@ def page(quick_compiles) -> dict[str, Any]:
     """What the page defines, when its programs have printed what it says."""
     if jax.device_count() < 8:
         pytest.skip("the page needs eight devices")
-    return pages.run("docs/many_devices.md")
+    return pages.run("docs/guides/many_devices.md")
 
 
 @pytest.fixture(autouse=True)
