@@ -49,7 +49,8 @@ def built(tmp_path_factory) -> pathlib.Path:
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     package = {name for name in names if ".dist-info/" not in name}
     assert {x for x in package if x.endswith(".py")} == python_files("optclip")
     assert package - python_files("optclip") == {"optclip/py.typed"}
@@ -58,7 +59,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 
 def test_the_sdist_holds_what_the_tests_read(built):
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert python_files("optclip", "tests", "examples", "benchmarks") <= names
     data = {*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"}
     data |= {*(ROOT / "tests").rglob("*.json"), *(ROOT / "docs").glob("*.md")}
