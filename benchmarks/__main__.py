@@ -3,7 +3,7 @@
     python -m benchmarks                       GPT-2: 4 GB, ten minutes on two cores
     python -m benchmarks --scale 0.1           a tenth of it, for a small machine
     python -m benchmarks --shapes small large --dtypes float16 --contexts alone
-    python -m benchmarks --save                also renew benchmarks/results and README
+    python -m benchmarks --save                also renew benchmarks/results
     python -m benchmarks --accelerator --out results      a GPU, in six minutes
 
 Runs on whatever device JAX finds; PyTorch and Keras take part where they are installed.
@@ -187,9 +187,7 @@ def main() -> None:
     )
     options.add_argument("--json", type=pathlib.Path, help="write the numbers here")
     options.add_argument("--plot", type=pathlib.Path, help="draw the picture here")
-    options.add_argument(
-        "--save", action="store_true", help="renew benchmarks/results and README.md"
-    )
+    options.add_argument("--save", action="store_true", help="renew benchmarks/results")
     options.add_argument(
         "--accelerator",
         action="store_true",

@@ -1,6 +1,6 @@
-"""What the numbers say: the terminal's table, README's table, the file, the picture.
+"""What the numbers say: the terminal's table, a page's table, the file, the picture.
 
-python -m benchmarks.report      README's table again, from the committed numbers
+python -m benchmarks.report      the pages' tables, from the committed numbers
 """
 
 import json
@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from benchmarks.timing import Timed
 
 ROOT = pathlib.Path(__file__).parent
-README = ROOT.parent / "README.md"
 Results = dict[str, Any]
 
 
@@ -128,7 +127,7 @@ def find(results: Results, **wanted: str) -> dict[str, Any] | None:
 
 
 def table(results: Results) -> str:
-    """README's table of one device: ratios, medians and in brackets quartiles."""
+    """A page's table of one device: ratios, medians and in brackets quartiles."""
     of_model = [line for line in results["records"] if line["shapes"] == "gpt2"]
     dtypes = list(dict.fromkeys(line["dtype"] for line in of_model))
     heads = [f"GPT-2 124M on {results['device']}", *dtypes]
@@ -287,21 +286,16 @@ def passes(rule: str) -> int:
 
 
 def save(results: Results) -> None:
-    """Into benchmarks/results, named by the device, and README's tables."""
+    """Into benchmarks/results, named by the device."""
     kind = re.sub(r"\W+", "-", results["device"].lower()).strip("-")
     path = ROOT / "results" / f"speed-{kind}"
     path.with_suffix(".json").write_text(to_json(results))
     draw(results, path.with_suffix(".png"))
-    renew()
 
 
-def renew() -> None:
-    """README's tables, one a device, from the committed numbers."""
-    tables = [table(json.loads(path.read_text())) for path in committed()]
-    marked = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
-    both = "\n\n".join(tables)
-    text = marked.sub(lambda m: f"{m[1]}{both}\n{m[2]}", README.read_text())
-    README.write_text(text)
+def tables() -> str:
+    """The pages' tables, one a device, from the committed numbers."""
+    return "\n\n".join(table(json.loads(path.read_text())) for path in committed())
 
 
 def committed() -> list[pathlib.Path]:
@@ -310,4 +304,4 @@ def committed() -> list[pathlib.Path]:
 
 
 if __name__ == "__main__":
-    renew()
+    print(tables())

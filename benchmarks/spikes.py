@@ -19,7 +19,6 @@ import argparse
 import functools
 import json
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,6 @@ from tqdm import tqdm
 
 import optclip
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
 RESULTS = pathlib.Path(__file__).parent / "results" / "spikes"
 SEEDS = 20
 HORIZON = 1000
@@ -267,9 +265,7 @@ def load() -> dict[str, dict[float, dict[str, np.ndarray]]]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument(
-        "--save", action="store_true", help="renew benchmarks/results and README.md"
-    )
+    options.add_argument("--save", action="store_true", help="renew benchmarks/results")
     chosen = options.parse_args()
     responses = {
         rule: {sigma: respond(tx, sigma) for sigma in NOISES}
@@ -279,13 +275,6 @@ def main() -> None:
     if chosen.save:
         save(responses)
         draw(RESULTS.with_suffix(".png"))
-        marked = re.compile(r"(<!-- spikes -->\n).*?(<!-- /spikes -->)", re.DOTALL)
-        README.write_text(
-            marked.sub(
-                lambda match: f"{match[1]}{table(responses)}\n{match[2]}",
-                README.read_text(),
-            )
-        )
 
 
 if __name__ == "__main__":
