@@ -38,6 +38,7 @@ from optclip.clipping.rules.spike_clip import spike_clip
 from optclip.clipping.rules.values import clip, clip_by_value
 from optclip.clipping.rules.zclip import zclip
 
+NAME = "optclip advise"
 REPLAYED = 50_000  # the last steps of a longer log; of these a rule forgets the first
 PROGRESS = 250_000  # rows between two lines that say how far it is
 MEASURES = {"l2": l2, "max_abs": max_abs}
@@ -67,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with naming("optclip advise", makes=True):
+        with naming(NAME, makes=True):
             print(_answer(options))
     except (OSError, ImportError, ValueError) as wrong:
-        print(wrong, file=sys.stderr)
+        print(f"{NAME}: {str(wrong).removeprefix(f'{NAME}: ')}", file=sys.stderr)
         return 2
     return 0
 
@@ -149,13 +150,13 @@ def _watched(file: TextIO) -> Iterator[str]:
     """The lines of a file; of a long one it says how many were read."""
     for number, line in enumerate(file, 1):
         if number % PROGRESS == 0:
-            print(f"optclip advise: {number:,} lines read", file=sys.stderr)
+            print(f"{NAME}: {number:,} lines read", file=sys.stderr)
         yield line
 
 
 def _say(message: str, sizes: np.ndarray) -> None:
     if len(sizes) >= PROGRESS:
-        print(f"optclip advise: {message}", file=sys.stderr)
+        print(f"{NAME}: {message}", file=sys.stderr)
 
 
 def _check(column: Column) -> None:
