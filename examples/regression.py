@@ -230,7 +230,7 @@ def draw(
     """The targets, the losses and the sweep, and below them one panel per rule."""
     columns = 4
     rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(16, 5 + 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(19, 5 + 2.8 * rows), layout="constrained")
     parts = figure.subfigures(
         2, squeeze=False, height_ratios=(5, 2.8 * rows), hspace=0.04
     )
