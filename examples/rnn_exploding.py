@@ -236,6 +236,7 @@ def print_story(found: dict[str, Found]) -> None:
     print("best of sweep: the limit with the lowest loss at the end, mean of the seeds")
     print("value, smaller alike: by the factor from the advised norm to the best one")
     print("clip_cotangent: at every step back through the string, limit chosen by hand")
+    print("(a seed more or less may be rounding: these networks are chaotic)")
     for name, own in found.items():
         seeds = len(own.runs[NONE].error)
         solved = own.solved
@@ -299,13 +300,12 @@ def draw_norms(axes: Axes, found: dict[str, Found]) -> None:
         for rule, dash in ((NONE, "-"), (BEST, "--")):
             norms = own.runs[rule].state["norm"].recorder.size
             counts, _ = np.histogram(norms.clip(bins[0], bins[-1]), bins)
-            label = f"{name}, {rule}"
-            axes.step(
-                middles, 100 * counts / norms.size, dash, color=color, label=label
-            )
+            share = 100 * counts / norms.size
+            look: Any = {"color": color, "linestyle": dash}
+            axes.step(middles, share, where="mid", label=f"{name}, {rule}", **look)
         axes.axvline(own.sweep.best, color=color, linestyle=":")
     axes.plot([], [], ":", color="0.4", label="best limit of the sweep")
-    axes.set(xscale="log", yscale="log", xlabel="norm of the gradient before the clip")
+    axes.set(xscale="log", yscale="log", xlabel="norm before the clip (0.01: or less)")
     axes.set(ylabel="% of all steps", ylim=(5e-3, 300))
     axes.set_title("Norms spread over decades once a network learns")
     axes.legend(loc="upper right", fontsize="small")
@@ -320,7 +320,8 @@ def draw_losses(axes: Axes, found: Found) -> None:
         dash = DASHES[number % len(DASHES)]
         axes.plot(steps, smooth, dash, color=COLORS[number], label=rule, lw=1.6)
     axes.axhline(np.log(4), color="0.6", lw=1, zorder=0)
-    axes.annotate("guessing", (0, 0.9 * np.log(4)), va="top")
+    beside = {"xycoords": ("axes fraction", "data"), "va": "center"}
+    axes.annotate("guessing", (1.01, np.log(4)), **beside)
     axes.set(xlabel="step", yscale="log")
     axes.set_ylabel(f"train loss, mean of seeds and {window} steps")
     axes.legend(fontsize="small", loc="lower left")
@@ -358,7 +359,7 @@ def draw(found: dict[str, Found], path: pathlib.Path) -> None:
     draw_cliff(cliff)
     draw_norms(norms, found)
     optclip.plot.history(first.unclipped, record)
-    record.set_title(f"What the recorder of one {name} without a clip holds")
+    record.set_title(f"Recorded: one {name} without a clip")
     optclip.plot.sweep(first.sweep, sweep)
     sweep.set_title(f"The sweep of limits on the {name}")
     draw_losses(losses, first)

@@ -196,9 +196,10 @@ def test_only_a_small_enough_limit_trains_the_rnn(rnn):
         errors[name], solved[name] = float(error.rstrip("%")), int(count)
     assert solved["no clip"] == solved["spike_clip"] == 0
     assert errors["no clip"] > 60  # chance: 75
-    # Either may lose a seed: what one rounds otherwise ends elsewhere.
-    assert solved["norm, best of sweep"] + solved["clip_cotangent"] >= 3
-    assert errors["norm, best of sweep"] < errors["no clip"] - 20
+    # Either may lose a seed: what is rounded otherwise ends elsewhere.
+    assert solved["norm, best of sweep"] + solved["clip_cotangent"] >= 2
+    for name in ("norm, best of sweep", "clip_cotangent"):
+        assert errors[name] < errors["no clip"] - 20
     (told,) = (line for line in lines if line.startswith("vanilla RNN: "))
     assert "none: no clip" in told
 
