@@ -3,14 +3,15 @@
 A small Flax network learns a regression whose targets are in the hundreds, so the first
 gradients are too. With plain SGD the loss is NaN within one epoch; with a clip in front
 of the same SGD the network learns. The program prints the smallest useful use of
-optclip, trains once per rule, prints one table and what the norms of one run advise,
-and draws one picture: the targets, the losses of every run, and what each clip measured
-next to its limit.
+optclip, trains once per rule and once for each of many limits, prints two tables and
+what the norms of one run advise, and draws one picture: the targets, the losses of
+every run, the loss by limit, and what each clip measured next to its limit.
 """
 
 import argparse
 import pathlib
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import optclip
 
 BATCH = 32
+LIMITS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, np.inf)
 COLORS = colormaps["tab20"](range(20))
 
 
@@ -118,19 +120,32 @@ class Network(nnx.Module):
         return self.output(nnx.relu(self.hidden(features)))[:, 0]
 
 
+def start(features, targets) -> tuple[Callable[..., jax.Array], nnx.State]:
+    """The loss of some rows, and the parameters before any step."""
+    network, params = nnx.split(Network(features.shape[1], nnx.Rngs(0)))
+
+    def loss(params, rows):
+        predicted = nnx.merge(network, params)(features[rows])
+        return jnp.mean((predicted - targets[rows]) ** 2)
+
+    return loss, params
+
+
+def batches_of(key: jax.Array, half: int) -> jax.Array:
+    """One epoch's whole batches; which rows are left out varies."""
+    full = half - half % BATCH
+    return jax.random.permutation(key, half)[:full].reshape(-1, BATCH)
+
+
 def train(rule: Rule, features, targets, epochs: int, progress: tqdm) -> Run:
     """Trains on the first half of the examples and tests on the second."""
     half = len(targets) // 2
-    network, params = nnx.split(Network(features.shape[1], nnx.Rngs(0)))
+    loss, params = start(features, targets)
     optimizer = optax.named_chain(
         ("gradient", optclip.monitor()),
         ("clip", rule.clip),
         ("sgd", optax.sgd(0.01, momentum=0.9)),
     )
-
-    def loss(params, rows):
-        predicted = nnx.merge(network, params)(features[rows])
-        return jnp.mean((predicted - targets[rows]) ** 2)
 
     def step(training, rows):
         params, state = training
@@ -149,25 +164,47 @@ def train(rule: Rule, features, targets, epochs: int, progress: tqdm) -> Run:
 
     @jax.jit
     def epoch(training, key):
-        full = half - half % BATCH  # only whole batches; which rows are left out varies
-        batches = jax.random.permutation(key, half)[:full].reshape(-1, BATCH)
-        training, seen = jax.lax.scan(step, training, batches)
+        training, seen = jax.lax.scan(step, training, batches_of(key, half))
         return training, seen, losses(training[0])
 
     training = params, optimizer.init(params)
     keys = list(jax.random.split(jax.random.key(0), epochs))
     curve, history = [losses(params)], []
     compiled = epoch.lower(training, keys[0]).compile()
-    start = time.perf_counter()
+    began = time.perf_counter()
     for key in keys:
         training, seen, after = jax.block_until_ready(compiled(training, key))
         history.append(seen)
         curve.append(after)
         progress.update()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     train_mse, test_mse = np.transpose(curve)
     norm, size, limit = np.concatenate(history, axis=1)
     return Run(train_mse, test_mse, norm, size, limit, seconds)
+
+
+def try_limits(features, targets, epochs: int) -> optclip.Sweep:
+    """The same training by `clip_by_global_norm`, for all limits at once."""
+    half = len(targets) // 2
+    loss, params = start(features, targets)
+    keys = jax.random.split(jax.random.key(0), epochs)
+    batches = jnp.concatenate([batches_of(key, half) for key in keys])
+
+    def train_with(limit):
+        clip = optclip.clip_by_global_norm(limit)
+        optimizer = optax.chain(clip, optax.sgd(0.01, momentum=0.9))
+
+        def step(training, rows):
+            params, state = training
+            now, updates = jax.value_and_grad(loss)(params, rows)
+            updates, state = optimizer.update(updates, state, params)
+            return (optax.apply_updates(params, updates), state), now
+
+        training = params, optimizer.init(params)
+        (_, state), losses = jax.lax.scan(step, training, batches)
+        return losses, state
+
+    return optclip.sweep(train_with, LIMITS)
 
 
 def print_table(runs: dict[str, Run]) -> None:
@@ -187,19 +224,23 @@ def advice(run: Run) -> str:
     return str(optclip.suggest(run.norm, clip_rate=0.05))
 
 
-def draw(targets, runs: dict[str, Run], path: pathlib.Path) -> None:
-    """The targets and the losses, and below them one panel per rule."""
+def draw(
+    targets, runs: dict[str, Run], sweep: optclip.Sweep, path: pathlib.Path
+) -> None:
+    """The targets, the losses and the sweep, and below them one panel per rule."""
     columns = 4
     rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(16, 5 + 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(19, 5 + 2.8 * rows), layout="constrained")
     parts = figure.subfigures(
         2, squeeze=False, height_ratios=(5, 2.8 * rows), hspace=0.04
     )
     top, bottom = parts[:, 0]
-    layout = [["histogram", "losses"], ["box", "losses"]]
-    axes = top.subplot_mosaic(layout, width_ratios=(1, 2), height_ratios=(4, 1))
+    layout = [["histogram", "losses", "sweep"], ["box", "losses", "sweep"]]
+    axes = top.subplot_mosaic(layout, width_ratios=(2, 5, 3), height_ratios=(4, 1))
     draw_targets(axes["histogram"], axes["box"], targets)
     draw_losses(axes["losses"], runs)
+    optclip.plot.sweep(sweep, axes["sweep"])
+    axes["sweep"].set_title("clip_by_global_norm: train MSE by limit")
     bottom.suptitle("What each rule measured before it clipped")
     for number, (name, run) in enumerate(runs.items()):
         draw_history(bottom.add_subplot(rows, columns, number + 1), number, name, run)
@@ -261,9 +302,12 @@ def main() -> None:
             progress.set_description(f"{name:32}")
             runs[name] = train(rule, *data, chosen.epochs, progress)
     print_table(runs)
+    sweep = try_limits(*data, chosen.epochs)
+    print(f"\nclip_by_global_norm, all limits at once; the best is {sweep.best:g}:")
+    print(sweep)
     print(f"\nThe norms under spike_clip: {advice(runs['spike_clip'])}")
     picture = chosen.output / "regression.png"
-    draw(targets, runs, picture)
+    draw(targets, runs, sweep, picture)
     print(f"\nThe picture is in {picture}")
 
 

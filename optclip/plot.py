@@ -316,8 +316,9 @@ def sweep(sweep: Sweep, ax: Axes | None = None) -> Axes:
     Returns:
       The Axes of the loss, logarithmic both ways if no loss is negative.
 
-    Edge cases: an infinite limit is a line across, for training without a clip.
-    Crosses along the upper edge are runs that were lost.
+    Edge cases: an infinite limit is a line across, for training without a clip, or a
+    word in the legend if that was lost. Crosses along the upper edge are other runs
+    that were lost.
 
     Raises:
       ValueError: if sweep is no sweep.
@@ -337,8 +338,12 @@ def sweep(sweep: Sweep, ax: Axes | None = None) -> Axes:
     drawing.draw_line(
         ax, limits[here], final[here], BLUE, marker="o", label="final loss"
     )
-    for loss in final[~here & np.isfinite(final)][:1]:
-        ax.axhline(loss, color=BLACK, linestyle=":", label="final loss without a clip")
+    for loss in final[~here][:1]:
+        if np.isfinite(loss):
+            label = "final loss without a clip"
+            ax.axhline(loss, color=BLACK, linestyle=":", label=label)
+        else:
+            ax.plot([], [], " ", label="without a clip: lost")
     drawing.mark_lost(ax, limits[here], ~np.isfinite(final[here]))
     drawing.logarithmic(ax, limits, "x")
     if not (final < 0).any():

@@ -222,6 +222,10 @@ def test_sweep_has_losses_in_the_order_of_limits_and_the_clip_rates():
     np.testing.assert_allclose(rates.get_ydata(), [90.0, 20.0, 1.0])
     bare = drawn(plot.sweep(SWEEP._replace(clip_rates=None, losses=-SWEEP.losses)))
     assert (len(untyped(bare.figure).axes), bare.get_yscale()) == (1, "linear")
+    endless = np.isinf(SWEEP.limits)[:, None]
+    lost = SWEEP._replace(losses=np.where(endless, np.nan, SWEEP.losses))
+    legend = untyped(drawn(plot.sweep(lost)).get_legend())
+    assert "without a clip: lost" in [text.get_text() for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ import numpy as np
 import optax
 
 from optclip import plot
-from optclip._core import checks, measures
+from optclip._core import checks
+from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.public import error, naming
 from optclip.choosing.logs import Column, read_column
 from optclip.choosing.replay import Replay, replay
-from optclip.choosing.replay_table import replay_table
+from optclip.choosing.replay_table import limits, replay_table
 from optclip.choosing.suggest import LEAST_STEPS, Advice, suggest
 from optclip.clipping.rules.adagc import adagc
 from optclip.clipping.rules.autoclip import autoclip
@@ -37,8 +38,10 @@ from optclip.clipping.rules.spike_clip import spike_clip
 from optclip.clipping.rules.values import clip, clip_by_value
 from optclip.clipping.rules.zclip import zclip
 
+NAME = "optclip advise"
 REPLAYED = 50_000  # the last steps of a longer log; of these a rule forgets the first
 PROGRESS = 250_000  # rows between two lines that say how far it is
+MEASURES = {"l2": l2, "max_abs": max_abs}
 RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
     rule.__name__: rule
     for rule in (
@@ -65,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with naming("optclip advise", makes=True):
+        with naming(NAME, makes=True):
             print(_answer(options))
     except (OSError, ImportError, ValueError) as wrong:
-        print(wrong, file=sys.stderr)
+        print(f"{NAME}: {str(wrong).removeprefix(f'{NAME}: ')}", file=sys.stderr)
         return 2
     return 0
 
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--measure",
-        choices=("l2", "max_abs"),
+        choices=MEASURES,
         default="l2",
         help="max_abs: the column has largest elements, for a clip by value",
     )
@@ -104,31 +107,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(options: argparse.Namespace) -> str:
-    measure = getattr(measures, options.measure)
+    measure = MEASURES[options.measure]
     with _opened(options.file) as file:
         column = read_column(_watched(file), options.column)
     _check(column)
     sizes, name = column.values, column.name
     advice = suggest(sizes, options.clip_rate, limit=options.limit, measure=measure)
-    rules = _usual(advice, options) if options.rules is None else _parsed(options.rules)
+    if options.rules is None:
+        rules = _usual(advice.limit, options.limit, measure)
+    else:
+        rules = _parsed(options.rules)
     last = sizes[-REPLAYED:]
     _say(
         f"replaying {len(last):,} of {len(sizes):,} steps under {len(rules)} rules",
         sizes,
     )
     found = replay(last, rules)
+    torch = _torch(advice.limit, measure)
     if options.plot:
         figure: Any = plot.advice(advice, sizes, measure=measure).figure
         figure.savefig(options.plot, dpi=150, bbox_inches="tight")
     if options.json:
-        return json.dumps(_as_json(name, advice, found, len(last)), indent=2)
+        answer = _as_json(name, advice, torch, found, len(last))
+        return json.dumps(_valid(answer), indent=2)
     shown = f"{options.file}: {name!r}, {len(sizes):,} steps"
     if len(last) < len(sizes):
         shown += f"; the table is of the last {len(last):,}"
     lines = [shown, "", replay_table(found), "", str(advice), ""]
-    return "\n".join(
-        [*lines, f"In JAX:     {advice.code}", f"In PyTorch: {_torch(advice)}"]
-    )
+    return "\n".join([*lines, f"In JAX:     {advice.code}", f"In PyTorch: {torch}"])
 
 
 @contextlib.contextmanager
@@ -144,13 +150,13 @@ def _watched(file: TextIO) -> Iterator[str]:
     """The lines of a file; of a long one it says how many were read."""
     for number, line in enumerate(file, 1):
         if number % PROGRESS == 0:
-            print(f"optclip advise: {number:,} lines read", file=sys.stderr)
+            print(f"{NAME}: {number:,} lines read", file=sys.stderr)
         yield line
 
 
 def _say(message: str, sizes: np.ndarray) -> None:
     if len(sizes) >= PROGRESS:
-        print(f"optclip advise: {message}", file=sys.stderr)
+        print(f"{NAME}: {message}", file=sys.stderr)
 
 
 def _check(column: Column) -> None:
@@ -166,14 +172,13 @@ def _check(column: Column) -> None:
 
 
 def _usual(
-    advice: Advice, options: argparse.Namespace
+    advised: float, in_use: float | None, measure: Measure
 ) -> dict[str, optax.GradientTransformation]:
     """The advised limit, the one in use or 1, and rules that find theirs."""
-    measure = getattr(measures, options.measure)
-    fixed = clip_by_value if options.measure == "max_abs" else clip_by_global_norm
-    limits = [advice.limit, 1.0 if options.limit is None else options.limit]
+    fixed = clip_by_value if measure == max_abs else clip_by_global_norm
+    fixed_limits = [advised, 1.0 if in_use is None else in_use]
     return {
-        **{f"{fixed.__name__}({x:.4g})": fixed(x) for x in limits},
+        **{f"{fixed.__name__}({x:.4g})": fixed(x) for x in fixed_limits},
         "spike_clip()": spike_clip(measure=measure),
         "zclip()": zclip(measure=measure),
         "quantile_clip(0.95)": quantile_clip(0.95, measure=measure),
@@ -212,49 +217,42 @@ def _rule(node: ast.expr) -> optax.GradientTransformation:
         raise error(f"--rules must be calls that rules take, got {wrong}.") from None
 
 
-def _torch(advice: Advice) -> str:
+def _torch(limit: float, measure: Measure) -> str:
     """What comes nearest in PyTorch, which has fixed limits only."""
-    by_value = (
-        advice.code.startswith("optclip.clip_by_value") or "max_abs" in advice.code
-    )
-    name = "clip_grad_value_" if by_value else "clip_grad_norm_"
-    return f"torch.nn.utils.{name}(model.parameters(), {advice.limit:.4g})"
+    name = "clip_grad_value_" if measure == max_abs else "clip_grad_norm_"
+    return f"torch.nn.utils.{name}(model.parameters(), {limit:.4g})"
 
 
 def _as_json(
-    name: str, advice: Advice, found: dict[str, Replay], replayed: int
-) -> object:
-    return _valid(
-        {
-            "column": name,
-            **advice._asdict(),
-            "rule": advice.code,
-            "pytorch": _torch(advice),
-            "evidence": advice.evidence._asdict(),
-            "replayed_steps": replayed,
-            "replay": {name: _numbers(own) for name, own in found.items()},
-        }
-    )
+    name: str, advice: Advice, torch: str, found: dict[str, Replay], replayed: int
+) -> dict[str, Any]:
+    fields = {k: v for k, v in advice._asdict().items() if k != "code"}
+    return {
+        "column": name,
+        **fields,
+        "rule": advice.code,
+        "pytorch": torch,
+        "evidence": advice.evidence._asdict(),
+        "replayed_steps": replayed,
+        "replay": {name: _numbers(own) for name, own in found.items()},
+    }
 
 
 def _numbers(found: Replay) -> dict[str, Any]:
-    limits = found.limit[np.isfinite(found.limit)]
-    ends = (
-        [np.median(limits), limits.min(), limits.max()] if limits.size else [None] * 3
-    )
+    ends = zip(("limit", "limit_lowest", "limit_highest"), limits(found), strict=True)
     return {
         "clip_rate": found.clip_rate,
         "kept": found.kept,
         "worst": found.worst,
         "nonfinite": found.nonfinite,
-        **dict(zip(("limit", "limit_lowest", "limit_highest"), ends, strict=True)),
+        **dict(ends),
     }
 
 
 def _valid(value: object) -> object:
     """With null in the place of what JSON has no number for."""
     if isinstance(value, dict):
-        return {key: _valid(inner) for key, inner in value.items() if key != "code"}
+        return {key: _valid(inner) for key, inner in value.items()}
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value

@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optclip._core.groupings import by_number
 from optclip._core.metrics import ClipMetrics
 from optclip._core.public import error, public
 from optclip._core.types import Tree
 from optclip.choosing.logged_sizes import Sizes, logged
-from optclip.clipping.engine import Clip
+from optclip.choosing.replayable import Rule, check, refuse
 from optclip.clipping.rules.skip_step import SkipState
 from optclip.insight.history import History
-
-Rule = optax.GradientTransformation
+from optclip.insight.metrics import found
 
 
 class Replay(NamedTuple):
@@ -123,36 +119,19 @@ def replay(sizes: Sizes, rules: Mapping[str, Rule]) -> dict[str, Replay]:
             "sizes must be those of leaves or groups, got those of single units of "
             "each leaf."
         )
-    _check(rules)
+    check(rules)
     # As wide as gradients would be: `jnp.asarray` narrows float64 unless x64 is on.
     with _on_cpu(), np.errstate(over="ignore"):
         rows = jnp.asarray(known.sizes)
         blank = jax.tree.map(lambda _: jnp.zeros((1,), rows.dtype), _tree(known.names))
         for name, rule in rules.items():
-            _refuse(name, rule, blank, known.measure)
-        found = _run(tuple(rules.values()), known.names, rows)
+            refuse(name, rule, blank, known.measure)
+        replayed = _run(tuple(rules.values()), known.names, rows)
     size = np.asarray(rows)
     return {
         name: _summary(size, *map(np.asarray, numbers), column=known.column)
-        for name, numbers in zip(rules, found, strict=True)
+        for name, numbers in zip(rules, replayed, strict=True)
     }
-
-
-def _check(rules: Mapping[str, Rule]) -> None:
-    if not isinstance(rules, Mapping) or not rules:
-        raise error(f"rules must be a dict of at least one rule, got {rules!r}.")
-    seen: dict[Any, str] = {}
-    for name, rule in rules.items():
-        if not isinstance(rule, optax.GradientTransformation):
-            raise error(
-                f"rules[{name!r}] must be a gradient transformation, got {rule!r}."
-            )
-        if rule in seen:
-            raise error(
-                f"rules must be different, got one of them as {seen[rule]!r} and as "
-                f"{name!r}."
-            )
-        seen[rule] = name
 
 
 def _tree(names: tuple[str, ...]) -> Tree:
@@ -186,75 +165,6 @@ def _on_cpu() -> Iterator[None]:
         yield
 
 
-def _refuse(name: str, rule: Rule, blank: Tree, measure: str | None) -> None:
-    """Raises unless the sizes of the log are all that the rule looks at."""
-
-    def wrong(got: object) -> ValueError:
-        return error(
-            f"rules[{name!r}] must need nothing but the size of each leaf or of the "
-            f"whole tree, got {got}."
-        )
-
-    several = len(jax.tree_util.tree_leaves(blank)) > 1
-    clips = _clips(rule)
-    for clip in clips:
-        grouping, threshold = clip.grouping, clip.threshold
-        if grouping.label is None or not grouping.keeps_state:
-            raise wrong(f"groups of {grouping}")
-        if threshold.needs_params:
-            raise wrong("limits relative to the parameters")
-        if measure not in (None, repr(clip.measure)):
-            raise error(
-                f"rules[{name!r}] must measure as the history did, by {measure}, got "
-                f"{clip.measure}."
-            )
-        joins = grouping.label is not by_number or threshold.needs_combined
-        if several and joins and clip.measure.averages:
-            raise wrong(
-                f"{clip.measure} of several leaves, which counts their elements"
-            )
-    try:
-        state = rule.init(blank)
-        up, _ = rule.update(jax.tree.map(lambda x: x + jnp.inf, blank), state)
-        down, _ = rule.update(jax.tree.map(lambda x: x - jnp.inf, blank), state)
-    except (TypeError, ValueError) as missing:
-        raise wrong(f"a rule that says: {missing}") from None
-    if len(_nodes(state, (ClipMetrics,))) > len(clips):
-        raise wrong(
-            "a rule of matrices, or one that is built anew at each step; give the rule "
-            "itself"
-        )
-    pairs = zip(*map(jax.tree_util.tree_leaves, (up, down)), strict=True)
-    if not all(np.array_equal(a, -b, equal_nan=True) for a, b in pairs):
-        raise wrong("a rule that treats negative and positive numbers differently")
-
-
-def _clips(rule: object) -> list[Clip]:
-    """The clips within a transformation, through the functions that hold them."""
-    found, seen, waiting = [], set(), [rule]
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, Clip):
-            found.append(node)
-        elif isinstance(node, tuple | list):
-            waiting += node
-        elif isinstance(node, dict):
-            waiting += node.values()
-        elif isinstance(node, functools.partial):
-            waiting += [node.func, node.args, node.keywords]
-        elif isinstance(node, types.MethodType):
-            own = node.__self__
-            held = own if isinstance(own, Clip) else getattr(own, "__dict__", ())
-            waiting += [held, node.__func__]
-        elif isinstance(node, types.FunctionType):
-            cells = node.__closure__ or ()
-            waiting += [cell.cell_contents for cell in cells]
-    return found
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
     rules: tuple[Rule, ...],
@@ -277,7 +187,8 @@ def _run(
             updates, new = rule.update(as_updates(row), state)
             out = as_row(updates)
             counts = _count(new) - _count(state)
-            limits = _limits(new)
+            seen = [clip.limit for _, clip in found(new, ClipMetrics)]
+            limits = [limit for limit in seen if limit is not None]
             if limits:
                 limit, clipped = functools.reduce(jnp.minimum, limits), counts > 0
             else:  # flat: its bound is what it makes of infinity
@@ -294,27 +205,15 @@ def _run(
     return jax.lax.scan(step, [rule.init(blank) for rule in rules], rows)[1]
 
 
-def _nodes(state: Tree, kinds: tuple[type, ...]) -> list[Any]:
-    """The parts of a state that are of some kinds; what they hold is not looked at."""
-    leaves = jax.tree_util.tree_leaves(state, is_leaf=lambda x: isinstance(x, kinds))
-    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
-
-
 def _count(state: Tree) -> jax.Array:
     """How many steps a state has counted as clipped or dropped."""
     total = jnp.zeros((), jnp.int32)
-    for node in _nodes(state, (ClipMetrics, SkipState)):
+    for _, node in found(state, ClipMetrics, SkipState):
         if isinstance(node, SkipState):
             total += node.metrics.skipped_steps + _count(node.inner_state)
         else:
             total += node.clipped_steps
     return total
-
-
-def _limits(state: Tree) -> list[jax.Array]:
-    return [
-        node.limit for node in _nodes(state, (ClipMetrics,)) if node.limit is not None
-    ]
 
 
 def _summary(

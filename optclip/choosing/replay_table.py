@@ -66,12 +66,14 @@ def replay_table(replays: Mapping[str, Replay]) -> str:
 
 
 def _row(name: str, found: Replay) -> tuple[str, ...]:
-    limits = found.limit[np.isfinite(found.limit)]
-    numbers = (
-        (np.median(limits), limits.min(), limits.max())
-        if limits.size
-        else (np.nan,) * 3
-    )
-    shown = ["-" if np.isnan(x) else f"{x:.3g}" for x in (found.worst, *numbers)]
+    shown = ["-" if np.isnan(x) else f"{x:.3g}" for x in (found.worst, *limits(found))]
     kept = "-" if np.isnan(found.kept) else f"{100 * found.kept:.1f} %"
     return name, f"{100 * found.clip_rate:.1f} %", kept, *shown
+
+
+def limits(found: Replay) -> tuple[float, float, float]:
+    """The median, lowest and highest limit, where there is one; NaN if nowhere."""
+    known = found.limit[np.isfinite(found.limit)]
+    if not known.size:
+        return np.nan, np.nan, np.nan
+    return float(np.median(known)), float(known.min()), float(known.max())

@@ -241,7 +241,7 @@ def _notes(case: _Case, sizes: Sizes) -> list[str]:
     if found.warmup:
         notes.append(f"The first {found.warmup:,} steps, a warm-up, are left out.")
     if found.nonfinite:
-        notes.append(f"{found.nonfinite:,} of {found.steps:,} steps are not finite.")
+        notes.append(f"Not finite: {found.nonfinite:,} of {found.steps:,} steps.")
     if found.tail < 2 and not (found.diverges or found.drifts):
         notes.append(
             f"The tail is heavy (index {found.tail:.2g}): expect larger ones yet."

@@ -69,7 +69,9 @@ def sweep(train: Train, limits: Sequence[float] | ArrayLike) -> Sweep:
     Args:
       train: a function of a scalar limit, traced, that runs a whole training, such as
         by `lax.scan`, and returns the losses of its steps (n,); or these and the last
-        optimizer state, from which the clip rates come.
+        optimizer state, from which the clip rates come. To try each limit with several
+        seeds, train under `jax.vmap` within it and return the mean of the losses: clip
+        rates are over all seeds of the state.
       limits: m positive numbers; infinity trains without a clip.
 
     Returns:
@@ -113,7 +115,12 @@ def sweep(train: Train, limits: Sequence[float] | ArrayLike) -> Sweep:
         clips = [metrics for _, metrics in found(state, ClipMetrics)]
         if not clips:
             raise error("train must return a state with a clip, got one without.")
-        each = [[unwrapped(c.clipped_steps), unwrapped(c.steps)] for c in clips]
-        clipped, steps = np.moveaxis(np.asarray(each), 1, 0)
-        rates = (clipped / np.maximum(steps, 1)).max(0)
+        rates = np.max([_rate(clip, len(values)) for clip in clips], axis=0)
     return Sweep(values, np.asarray(losses), rates)
+
+
+def _rate(clip: ClipMetrics, members: int) -> np.ndarray:
+    """The share of the steps that each member clipped, over all its seeds if it has."""
+    counts = unwrapped(clip.clipped_steps), unwrapped(clip.steps)
+    clipped, steps = (np.reshape(count, (members, -1)).sum(1) for count in counts)
+    return clipped / np.maximum(steps, 1)

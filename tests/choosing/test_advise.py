@@ -222,6 +222,16 @@ def test_errors(
     assert err.count("\n") == 1
 
 
+def test_files_that_cannot_be_opened(tmp_path: pathlib.Path, capsys: Any):
+    log = tmp_path / "log"
+    nowhere = str(tmp_path / "none" / "advice.png")
+    assert run(capsys, str(log))[2].startswith("optclip advise: [Errno 2] No such file")
+    log.write_text(LOGS["a bare column"][0])
+    status, out, err = run(capsys, str(log), *FIXED, "--plot", nowhere)
+    assert (status, out) == (2, "")
+    assert err.startswith("optclip advise: [Errno 2] No such file")
+
+
 def test_a_picture(tmp_path: pathlib.Path, capsys: Any):
     log, file = tmp_path / "log", tmp_path / "advice.png"
     log.write_text(LOGS["a bare column"][0])

@@ -107,7 +107,7 @@ WORDS = {
     "bursts": r"are spikes, up to 1\d\.?\d? times the median norm: optclip.spike_clip",
     "drifting up 8-fold": r"The norm drifts [56]\.?\d?-fold.* bind always or never",
     "diverging": r"diverges from the start.*rules would follow it. Use a fixed limit",
-    "diverging to NaN": "1,600 of 4,000 steps are not finite",
+    "diverging to NaN": "Not finite: 1,600 of 4,000 steps",
 }
 
 

@@ -66,6 +66,19 @@ def test_of_several_rules_that_counts_which_clips_most():
     np.testing.assert_array_equal(rates, [1.0, 0.0])
 
 
+def test_rates_are_over_all_seeds_of_a_member():
+    def seeds(limit: Any) -> Any:
+        losses, state = jax.vmap(lambda rate: train(limit, rate))(jnp.array([0.0, 0.4]))
+        return losses.mean(0), state
+
+    rates = optclip.sweep(seeds, LIMITS).clip_rates
+    # At rate 0 the gradient stays as it is, and all limits but infinity clip it.
+    alone = optclip.sweep(train, LIMITS).clip_rates
+    assert rates is not None and alone is not None
+    still = np.array([1.0, 1.0, 1.0, 0.0])
+    np.testing.assert_allclose(rates, (still + alone) / 2)
+
+
 def test_it_is_traced_once():
     calls = []
 

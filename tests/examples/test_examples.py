@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,10 +13,13 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run(example: str, *options: str) -> list[str]:
+def run(example: str, *options: str, **settings: str) -> list[str]:
     """The lines that an example prints; warnings are errors there too."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / example), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **settings}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -52,6 +56,15 @@ def transfer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def rnn(tmp_path_factory):
+    """The vanilla RNN alone, which compiles for longer than it trains."""
+    output = tmp_path_factory.mktemp("rnn")
+    options = "--quick", "--output", str(output)
+    lines = run("rnn_exploding.py", *options, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    return lines, output
+
+
+@pytest.fixture(scope="module")
 def wgan(tmp_path_factory):
     """A short run of the three critics: its lines and its folder."""
     output = tmp_path_factory.mktemp("wgan")
@@ -71,6 +84,7 @@ def test_every_example_is_tested():
         "hyperball_transfer.py",
         "multihost.py",  # in a file of its own
         "regression.py",
+        "rnn_exploding.py",
         "transformer_spikes.py",
         "wgan_digits.py",
     }
@@ -171,6 +185,48 @@ def test_the_signal_keeps_its_size_or_halves_and_zeros_stay_equal(deep_init):
     assert units["zeros, 2 layers"] == 1 and units["Xavier, 2 layers"] == 64
 
 
+def test_only_a_small_enough_limit_trains_the_rnn(rnn):
+    lines, _ = rnn
+    table = rows(lines, of="vanilla RNN", width=24)
+    assert len(table) == 8
+    errors, solved = {}, {}
+    for name, row in table.items():
+        *_, loss, error, count, _, seeds = row.split()
+        assert math.isfinite(float(loss)) and seeds == "2", name
+        errors[name], solved[name] = float(error.rstrip("%")), int(count)
+    assert solved["no clip"] == solved["spike_clip"] == 0
+    assert errors["no clip"] > 60  # chance: 75
+    # Either may lose a seed: what is rounded otherwise ends elsewhere.
+    assert solved["norm, best of sweep"] + solved["clip_cotangent"] >= 2
+    for name in ("norm, best of sweep", "clip_cotangent"):
+        assert errors[name] < errors["no clip"] - 20
+    (told,) = (line for line in lines if line.startswith("vanilla RNN: "))
+    assert "none: no clip" in told
+
+
+def test_the_rnn_finds_its_limit(rnn):
+    lines, _ = rnn
+    (advice,) = (line for line in lines if line.startswith("The norms of one"))
+    assert "clips" in advice
+    (header,) = (n for n, line in enumerate(lines) if line.startswith("   limit"))
+    sweep = [line.split() for line in lines[header + 1 : lines.index("", header)]]
+    assert len(sweep) == 6
+    limits, losses = ([float(row[i]) for row in sweep] for i in (0, 1))
+    best = limits[losses.index(min(losses))]
+    row = rows(lines, of="vanilla RNN", width=24)["norm, best of sweep"]
+    assert row.split()[0] == f"{best:.2g}"
+
+
+def test_limits_are_swept(regression):
+    lines, _ = regression
+    table = rows(lines, of="   limit", width=8)
+    rates = [float(row.split()[1]) for row in table.values()]
+    assert len(table) == 10 and rates == sorted(rates, reverse=True)
+    assert rates[0] == 100 and table["inf"].split()[0] in ("nan", "inf")
+    (best,) = (line for line in lines if line.startswith("clip_by_global_norm, all"))
+    assert best.rstrip(":").split()[-1] in table
+
+
 def test_critics_keep_their_bounds(wgan):
     lines, _ = wgan
     (header,) = (n for n, line in enumerate(lines) if line.startswith("critic "))
@@ -203,7 +259,9 @@ def test_what_transfers_is_reported_and_saved(transfer):
     assert (output / "hyperball_transfer.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("example", ["regression", "spikes", "deep_init", "wgan"])
+@pytest.mark.parametrize(
+    "example", ["regression", "spikes", "deep_init", "rnn", "wgan"]
+)
 def test_the_last_line_names_the_picture(example, request):
     lines, output = request.getfixturevalue(example)
     (picture,) = output.iterdir()
