@@ -141,16 +141,24 @@ def _quicker() -> dict[str, str | bool]:
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """For tests that compile a lot and compute little: XLA optimizes less.
+    """For tests that compile a lot and compute little: XLA optimizes less."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
-    Its passes over a program's graph stay; only the kernels are made in less time, and
-    can differ in an output's last digits.
+
+@pytest.fixture(scope="module")
+def quickest_compiles(quick_compiles):
+    """For those of them whose tolerance is some units in the last place or more.
+
+    XLA's passes over a program's graph stay; only the kernels are made in less time,
+    and can differ in an output's last digits.
     """
     from jax._src import compiler  # no public option reaches programs made elsewhere
 
     from tests.untyped import untyped
 
-    before = jax.config.read("jax_disable_most_optimizations")
     ordinary, quicker = untyped(compiler.get_compile_options), _quicker()
 
     def options(*args, env_options_overrides=None, **named):
@@ -159,6 +167,4 @@ def quick_compiles():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", options)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", before)

@@ -22,7 +22,7 @@ from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 EVERY = pytest.mark.parametrize(
     "row",

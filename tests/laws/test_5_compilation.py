@@ -35,7 +35,7 @@ from tests.laws.table import rows
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 LIMITED = rows("clip", "enlarging", "elementwise", "matrix")
 # A wrapper sees a state, and what it is given beside updates: no state, counters,

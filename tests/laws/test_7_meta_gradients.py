@@ -21,7 +21,7 @@ from tests.laws.trees import combinations
 from tests.untyped import untyped
 
 # A derivative is finite, or right to many digits, by its formula.
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 
 def weighted(row, tree, limit):

@@ -19,7 +19,7 @@ from tests.laws import trees
 from tests.laws.table import PROJECTIONS, ROWS, projections, rows
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 # Called with the wrong types on purpose, which a type checker would find.
 optclip = untyped(typed)

@@ -42,7 +42,7 @@ from tests.laws.meshes import (
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 
 @pytest.fixture(autouse=True)

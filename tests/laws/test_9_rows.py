@@ -32,7 +32,7 @@ from tests.laws.meshes import (
 from tests.laws.table import projections, rows
 from tests.laws.trees import on_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 ROWS = rows(*KINDS)
 
 
