@@ -36,12 +36,17 @@ def normal(*shape, seed=0, scale=1.0, dtype=jnp.float32):
     return jnp.asarray(x, dtype)
 
 
-def clipped(tree, limit, **options):
-    """The updates and the metrics; the limit is traced, as the kernels are shared."""
-    run = jax.jit(
+@functools.cache
+def clipping(**options):
+    """(updates, limit) to updates and state, compiled once for all magnitudes."""
+    return jax.jit(
         lambda t, c: untyped(optclip.spectral_clip(c, **options)).update(t, None)
     )
-    updates, state = run(tree, jnp.float32(limit))
+
+
+def clipped(tree, limit, **options):
+    """The updates and the metrics."""
+    updates, state = clipping(**options)(tree, jnp.float32(limit))
     return untyped(updates), state.metrics
 
 
