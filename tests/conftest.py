@@ -4,6 +4,7 @@ The suite runs on whatever platform JAX finds; only the mesh tests use the eight
 devices, which cost nothing elsewhere.
 """
 
+import functools
 import os
 import re
 
@@ -18,7 +19,7 @@ import pytest
 hypothesis.settings.register_profile(
     "optclip", deadline=None, max_examples=25, derandomize=True, print_blob=False
 )
-# For a longer search outside the suite: `--hypothesis-profile thorough`.
+# For a longer search of every property: `--hypothesis-profile thorough`.
 hypothesis.settings.register_profile(
     "thorough", deadline=None, max_examples=200, derandomize=True, print_blob=False
 )
@@ -127,6 +128,17 @@ def _strict():
         yield
 
 
+@functools.cache
+def _quicker() -> dict[str, str | bool]:
+    """Options of XLA:CPU that halve its work; releases from 0.12 on have none."""
+    options: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x).lower(1.0).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:  # no such option
+        return {}
+    return options
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """For tests that compile a lot and compute little: XLA optimizes less."""
@@ -134,3 +146,25 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quickest_compiles(quick_compiles):
+    """For those of them whose tolerance is some units in the last place or more.
+
+    XLA's passes over a program's graph stay; only the kernels are made in less time,
+    and can differ in an output's last digits.
+    """
+    from jax._src import compiler  # no public option reaches programs made elsewhere
+
+    from tests.untyped import untyped
+
+    ordinary, quicker = untyped(compiler.get_compile_options), _quicker()
+
+    def options(*args, env_options_overrides=None, **named):
+        given = quicker | dict(env_options_overrides or {})
+        return ordinary(*args, env_options_overrides=given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        yield

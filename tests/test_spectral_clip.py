@@ -38,19 +38,20 @@ def normal(*shape, seed=0, scale=1.0, dtype=jnp.float32):
     return jnp.asarray(x, dtype)
 
 
-def clipped(tree, limit, **options):
-    """The updates and the metrics; the limit is traced, as the kernels are shared."""
-    updates, state = jitted(**options)(tree, jnp.float32(limit))
-    return updates, state.metrics
-
-
+@functools.cache
 def jitted(**options):
-    """The update as a function of a tree and a limit."""
+    """(updates, limit) to updates and state, compiled once for all magnitudes."""
     return untyped(
         jax.jit(
             lambda t, c: untyped(optclip.spectral_clip(c, **options)).update(t, None)
         )
     )
+
+
+def clipped(tree, limit, **options):
+    """The updates and the metrics."""
+    updates, state = jitted(**options)(tree, jnp.float32(limit))
+    return updates, state.metrics
 
 
 @ITERATIONS

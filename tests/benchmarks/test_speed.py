@@ -11,6 +11,8 @@ import pytest
 from benchmarks import __main__ as suite
 from benchmarks import contestants, report, shapes, timing
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 TINY = {"kernel": (8, 6), "bias": (6,)}
 
 

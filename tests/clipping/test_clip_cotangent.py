@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
@@ -68,7 +68,7 @@ DTYPE = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 
 @EVERY
 @DTYPE
-@settings(max_examples=10)
+@trees.at_most(10)
 @given(data=st.data())
 def test_bound_and_identity(own: Row, dtype: str, data: Any):
     """Laws 1, 2 and 4: the oracle's numbers, and the same bits within the limit."""

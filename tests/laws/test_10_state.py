@@ -22,7 +22,7 @@ from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 EVERY = pytest.mark.parametrize(
     "row",
@@ -155,7 +155,7 @@ def test_orbax_gives_every_state_back_bit_for_bit(tmp_path):
         adam_state = adam.update(tree(), adam_state)[1]
     for row in ROWS:
         tx = row.build(1.0)
-        _, state = tx.update(tree(1), tx.init(tree()), tree())
+        _, state = jax.jit(tx.update)(tree(1), tx.init(tree()), tree())
         states[row.name] = (state, adam_state)
     restored = saved_and_restored(tmp_path / "states", states)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, states)

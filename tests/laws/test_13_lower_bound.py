@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import optclip
@@ -71,7 +71,7 @@ def test_lower_bound(row, dtype, data):
 
 
 @pytest.mark.parametrize(("row", "dtype"), ENLARGING)
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_direction(row, dtype, data):
     """One factor for a group; no element turns or changes its sign."""
@@ -89,7 +89,7 @@ def test_direction(row, dtype, data):
 
 
 @pytest.mark.parametrize(("row", "dtype"), ENLARGING)
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_infinity_and_zero(row, dtype, data):
     """Infinity changes nothing; at 0 a fixed target gives zeros, a floor nothing."""

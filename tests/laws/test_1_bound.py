@@ -7,7 +7,7 @@ lost to an intermediate that overflows or vanishes.
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.laws import trees
@@ -51,7 +51,7 @@ def test_bound(row, dtype, data):
 @pytest.mark.parametrize(
     ("row", "dtype"), combinations("adaptive", dtypes=("float32", "bfloat16"))
 )
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_bound_that_the_rule_sets(row, dtype, data):
     """The group furthest over its limit, which is the one that the metrics show."""

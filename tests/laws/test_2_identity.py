@@ -6,7 +6,7 @@ a group of size 0 stays zero under every limit.
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.laws import trees
@@ -43,7 +43,7 @@ def test_within_limit(row, dtype, data):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_infinity_and_zero(row, dtype, data):
     """Whatever the action: nothing changes, everything becomes zero."""
@@ -61,7 +61,7 @@ def test_infinity_and_zero(row, dtype, data):
     ("row", "dtype"),
     combinations("adaptive", "wrapper", dtypes=("float32", "bfloat16")),
 )
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_steps_that_are_not_clipped(row, dtype, data):
     """As the counter says, whatever the limit was."""

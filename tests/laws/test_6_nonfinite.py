@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import optclip
@@ -72,7 +72,7 @@ def test_zero(row, dtype, data):
 
 @pytest.mark.parametrize("row", rows("adaptive"))
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
-@settings(max_examples=10)
+@trees.at_most(10)
 @given(data=st.data())
 def test_rules_that_learn(row, nonfinite, data):
     """The bad group as it says, others as without it; the rule goes on as if unseen."""
@@ -192,7 +192,7 @@ def test_size_out_of_range(row, dtype, nonfinite):
         "clip", "enlarging", "elementwise", dtypes=("float32", "float16", "complex64")
     ),
 )
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_limit_nan(row, dtype, data):
     """A limit that is not a number gives NaN for every group that has a size."""

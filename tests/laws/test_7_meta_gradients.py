@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import optclip
@@ -19,6 +19,9 @@ from tests.laws import trees
 from tests.laws.table import ROWS, projections, rows
 from tests.laws.trees import combinations
 from tests.untyped import untyped
+
+# A derivative is finite, or right to many digits, by its formula.
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 
 def weighted(row, tree, limit):
@@ -63,7 +66,7 @@ COMPLEX = combinations(*EVERY, dtypes=("complex64",))
         p for p in COMPLEX if p.values[0].name in (*trees.SAMPLE, "clip_by-per_element")
     ],
 )
-@settings(max_examples=15)
+@trees.at_most(15)
 @given(data=st.data())
 def test_finite(row, dtype, data):
     """By updates and by limit, in reverse and in forward mode."""
@@ -115,7 +118,7 @@ def derivative_of_stream(name):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations(*LEARNING, dtypes=("float32",)))
-@settings(max_examples=10)
+@trees.at_most(10)
 @given(data=st.data())
 def test_finite_through_what_was_learned(row, dtype, data):
     """Through the states, to the first step from the third."""

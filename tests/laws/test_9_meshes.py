@@ -1,13 +1,10 @@
 """Law 9: the result on any mesh equals the unsharded result.
 
-Eight forced host devices stand in for a mesh. One tree, whose leaves lie on the axes
-of a 4x2 mesh in every way (over both, over one, over none), goes through every row
-under `jit` with Auto and Explicit axes and inside `shard_map`; what only some rows
-can do (units, named axes, `pmap`, the second pass, state) follows on smaller trees.
+What only some rows can do: units, named axes, `pmap`, the second pass, metrics,
+state. Every row on one mesh: `test_9_rows`.
 """
 
 import functools
-import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +12,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,27 +19,30 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import groupings, measures, sets, thresholds
 from optclip.thresholds import Threshold
-from tests.laws.collectives import collectives
-from tests.laws.table import projections, rows
+from tests.laws.meshes import (
+    AXES,
+    AXIS_TYPES,
+    LIMIT,
+    NAMED,
+    NAMED_SPECS,
+    ON_ALL,
+    SPECS,
+    assert_equal,
+    exact_dtype,
+    example_clip,
+    last_step,
+    manual,
+    mesh_of,
+    mixed_leaves,
+    normal,
+    placed_on,
+    projected,
+    unit_clip,
+)
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-KINDS = ("clip", "enlarging", "adaptive", "elementwise", "measuring", "wrapper")
-ROWS = rows(*KINDS)
-AXIS_TYPES = [
-    pytest.param(AxisType.Auto, id="auto"),
-    pytest.param(AxisType.Explicit, id="explicit"),
-]
-LIMIT = 0.5
-AXES = ("data", "model")
-
-SPECS = {
-    "a": {"bias": P("model"), "kernel": P("data", "model")},
-    "b": {"kernel": P(None, "data"), "scale": P()},
-    "c": {"half": P(AXES), "modulus": P("model"), "steps": P()},
-}
-# Examples lie on the leading axis, and only that one may be sharded without a sum.
-EXAMPLE_SPECS = jax.tree.map(lambda spec: P("data"), SPECS)
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 
 @pytest.fixture(autouse=True)
@@ -52,141 +51,11 @@ def _on_cpu():
         yield
 
 
-@functools.cache
-def _mesh(shape=(4, 2), axis_type=AxisType.Auto):
-    return jax.make_mesh(
-        shape,
-        AXES[: len(shape)],
-        axis_types=(axis_type,) * len(shape),
-        devices=jax.devices("cpu")[:8],
-    )
-
-
-@functools.cache
-def _tree():
-    """Leading axes of 8, so that it is a batch of examples too."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, dtype=np.float32):
-        return jnp.asarray(rng.normal(size=shape), dtype)
-
-    return {
-        "a": {"bias": normal(8), "kernel": normal(8, 8)},
-        "b": {"kernel": 3 * normal(8, 8), "scale": normal(8)},
-        "c": {
-            "half": normal(8, 2, dtype=jnp.bfloat16),
-            "modulus": jax.lax.complex(normal(8), normal(8)),
-            "steps": jnp.arange(8),
-        },
-    }
-
-
-def _arguments(row):
-    """Updates and parameters that the row takes."""
-    tree = _tree()
-    if row.complex is not True:
-        tree = tree | {"c": tree["c"] | {"modulus": tree["c"]["modulus"].real}}
-    if getattr(row, "integers", True) is not True:
-        steps = tree["c"]["steps"].astype(jnp.float32)
-        tree = tree | {"c": tree["c"] | {"steps": steps}}
-    return tree, jax.tree.map(lambda x: 2 * x, tree)
-
-
-def _placed(tree, specs, mesh):
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
-    )
-
-
-def _manual(function, in_specs, out_specs, shape=(8,), check_vma=True):
-    mesh = _mesh(shape)
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
-    )
-    return jax.jit(mapped)
-
-
-def _step(tx, levels=(1,)):
-    """The last of some steps, and its metrics: scalars, whatever the rule."""
-
-    def step(updates, params):
-        state, out = tx.init(params), updates
-        for level in levels:
-            scaled = jax.tree.map(
-                lambda x, by=level: x * jnp.asarray(by, x.dtype), updates
-            )
-            out, state = tx.update(scaled, state, params)
-        return out, optclip.metrics(state)
-
-    return step
-
-
-def _step_of(row):
-    """What a rule learns has to be right on a mesh as well: one step more for it."""
-    return _step(row.build(LIMIT), (1, 9) if row.kind == "adaptive" else (1,))
-
-
-def _assert_equal(actual, expected, rtol=2e-6):
-    """Sums in another order move a factor by a few ulp, a bfloat16 by one."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
-
-    def check(path, one, other):
-        rough = one.dtype == jnp.bfloat16
-        one, other = (np.asarray(x.astype(_exact(x))) for x in (one, other))
-        np.testing.assert_allclose(
-            one, other, rtol=2**-7 if rough else rtol, err_msg=str(path)
-        )
-
-    jax.tree_util.tree_map_with_path(check, actual, expected)
-
-
-def _exact(x):
-    return jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype
-
-
-@functools.cache
-def _unsharded(name):
-    (row,) = [param.values[0] for param in ROWS if param.values[0].name == name]
-    return jax.jit(_step_of(row))(*_arguments(row))
-
-
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize("row", rows(*KINDS, variants=False))
-def test_jit_on_a_mesh(row, axis_type):
-    """Law 9 under `jit`; law 4 for shardings."""
-    mesh = _mesh(axis_type=axis_type)
-    specs = EXAMPLE_SPECS if row.batched else SPECS
-    updates, params = (_placed(tree, specs, mesh) for tree in _arguments(row))
-    with on_mesh(mesh):
-        clipped, numbers = jax.jit(_step_of(row))(updates, params)
-    _assert_equal((clipped, numbers), _unsharded(row.name))
-
-    def same_sharding(path, one, other):
-        assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
-
-    jax.tree_util.tree_map_with_path(same_sharding, clipped, updates)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [p for p in ROWS if p.values[0].oracle["grouping"] not in ("unit", "matrix")],
-)
-def test_shard_map(row):
-    """Types alone say what to sum over, and metrics come out replicated.
-
-    Of examples a type does not say whether they are whole, as they are here.
-    """
-    specs = EXAMPLE_SPECS if row.batched else SPECS
-    step = _step(row.build(LIMIT, axis_name=())) if row.batched else _step_of(row)
-    mapped = _manual(step, (specs, specs), (specs, P()), (4, 2))
-    _assert_equal(mapped(*_arguments(row)), _unsharded(row.name))
-
-
 def test_each_leaf_is_summed_over_its_own_axes():
     """Against NumPy, so that no sum is missing or counted twice on both sides."""
-    tree = _tree()
+    tree = mixed_leaves()
     squares = {
-        path: np.sum(np.abs(np.asarray(x.astype(_exact(x))).astype(complex)) ** 2)
+        path: np.sum(np.abs(np.asarray(x.astype(exact_dtype(x))).astype(complex)) ** 2)
         for path, x in (
             ("a/bias", tree["a"]["bias"]),
             ("a/kernel", tree["a"]["kernel"]),
@@ -201,7 +70,7 @@ def test_each_leaf_is_summed_over_its_own_axes():
         rms = optclip.leaf_norms(updates, measure=measures.rms)
         return optclip.global_norm(updates), optclip.leaf_norms(updates), rms
 
-    whole, leaves, rms = _manual(norms, (SPECS,), P(), (4, 2))(tree)
+    whole, leaves, rms = manual(norms, (SPECS,), P(), (4, 2))(tree)
     chex.assert_trees_all_close(whole, np.sqrt(sum(squares.values())), rtol=1e-6)
     assert list(leaves) == list(squares)
     sizes = {"a/bias": 8, "b/scale": 8, "c/half": 16, "c/modulus": 8}
@@ -211,48 +80,19 @@ def test_each_leaf_is_summed_over_its_own_axes():
         np.testing.assert_allclose(rms[path], np.sqrt(mean), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("grouping", "axis_name"),
-    [(groupings.per_example(), ()), (groupings.per_element(), None)],
-    ids=["example", "element"],
-)
-def test_elements_and_whole_examples_never_sum(grouping, axis_name):
-    """Examples that are said to be whole are clipped part by part; nothing is sent."""
-    x = _normal(8, 8)
-    tx = untyped(optclip.clip_by(LIMIT, grouping=grouping, axis_name=axis_name))
-    spec = P(None, "data")
-    clip = _manual(lambda u: tx.update(u, None)[0], spec, spec)
-    parts = x.T[:, :, None]
-    expected = jax.jit(jax.vmap(lambda part: tx.update(part, None)[0]))(parts)
-    chex.assert_trees_all_close(clip(x), expected[:, :, 0].T, rtol=1e-6)
-    assert _collectives(clip, x) == 0
-
-
-def _normal(*shape, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 # Units.
 
 
-def _unit_clip(axis_name=None, threshold=None):
-    return untyped(optclip.clip_by)(
-        threshold or thresholds.constant(LIMIT),
-        grouping=groupings.per_unit(axes=0),
-        axis_name=axis_name,
-    )
-
-
 def test_units_on_a_mesh_need_axis_name():
-    step = _manual(_step(_unit_clip()), (P("data"),) * 2, (P("data"), P()))
+    step = manual(last_step(unit_clip()), (P("data"),) * 2, (P("data"), P()))
     with pytest.raises(ValueError, match=r"clip_by: axis_name must say .*'data'"):
-        step(_normal(8, 8), _normal(8, 8))
+        step(normal(8, 8), normal(8, 8))
 
 
 def test_replicated_units_need_no_axis_name():
-    x = _normal(8, 8)
-    step = _manual(_step(_unit_clip()), P(), P())
-    _assert_equal(step(x, x), _step(_unit_clip())(x, x))
+    x = normal(8, 8)
+    step = manual(last_step(unit_clip()), P(), P())
+    assert_equal(step(x, x), last_step(unit_clip())(x, x))
 
 
 @pytest.mark.parametrize(
@@ -265,16 +105,16 @@ def test_replicated_units_need_no_axis_name():
     ],
 )
 def test_units_with_axis_name(axis_name, spec):
-    x = _normal(8, 8) * jnp.arange(8.0)[None] / 4  # one unit is zero, some are within
-    expected = jax.jit(_step(_unit_clip()))(x, x)
+    x = normal(8, 8) * jnp.arange(8.0)[None] / 4  # one unit is zero, some are within
+    expected = jax.jit(last_step(unit_clip()))(x, x)
     assert 0 < expected[1]["clipped_fraction"] < 1
-    step = _manual(_step(_unit_clip(axis_name)), (spec, spec), (spec, P()), (4, 2))
-    _assert_equal(step(x, x), expected)
+    step = manual(last_step(unit_clip(axis_name)), (spec, spec), (spec, P()), (4, 2))
+    assert_equal(step(x, x), expected)
 
 
 def test_a_row_on_each_device_is_no_vector():
     """The layout reads shapes, which are those of one device here."""
-    tree = {"kernel": _normal(8, 4), "bias": _normal(4)}
+    tree = {"kernel": normal(8, 4), "bias": normal(4)}
     specs = {"kernel": P("data"), "bias": P()}
 
     def clip(axis_name):
@@ -283,48 +123,23 @@ def test_a_row_on_each_device_is_no_vector():
         return optclip.clip_by(threshold, grouping=grouping, axis_name=axis_name)
 
     axis_name = {"kernel": "data", "bias": ()}
-    step = _manual(_step(clip(axis_name)), (specs, specs), (specs, P()))
-    _assert_equal(step(tree, tree), jax.jit(_step(clip(None)))(tree, tree))
+    step = manual(last_step(clip(axis_name)), (specs, specs), (specs, P()))
+    assert_equal(step(tree, tree), jax.jit(last_step(clip(None)))(tree, tree))
 
 
 # Examples.
 
 
-def _example_clip(axis_name=None):
-    grouping = groupings.per_example()
-    return untyped(optclip.clip_by)(LIMIT, grouping=grouping, axis_name=axis_name)
-
-
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
 def test_examples_on_a_mesh_need_axis_name(spec):
     """A type does not say whether the batch or the examples are split."""
-    step = _manual(_step(_example_clip()), (spec, spec), (spec, P()))
+    step = manual(last_step(example_clip()), (spec, spec), (spec, P()))
     message = r"^clip_by: axis_name must say which mesh axes one example .* \('data',\)"
     with pytest.raises(ValueError, match=message):
-        step(_normal(8, 8), _normal(8, 8))
-
-
-@pytest.mark.parametrize("magnitude", [1.0, 1e25])
-def test_examples_with_axis_name(magnitude):
-    """The batch lies on one axis, the parameters on the other, and some on none."""
-    tree = {"a": {"kernel": _normal(8, 4), "bias": _normal(8, 3)}, "b": _normal(8, 2)}
-    tree = jax.tree.map(lambda x: x.at[2:5].multiply(magnitude).at[6:].divide(9), tree)
-    split = P("data", "model")
-    specs = {"a": {"kernel": split, "bias": P("data")}, "b": split}
-    clip = _example_clip({"a": {"kernel": "model", "bias": ()}, "b": ("model",)})
-    expected = jax.jit(_step(_example_clip()))(tree, tree)
-    assert 0 < expected[1]["clipped_fraction"] < 1
-    step = _manual(_step(clip), (specs, specs), (specs, P()), (4, 2))
-    _assert_equal(step(tree, tree), expected)
-    # The sums of squares, and the metrics over the batch.
-    assert _collectives(step, tree, tree) == 2
+        step(normal(8, 8), normal(8, 8))
 
 
 # Named axes.
-
-NAMED = {"r": jnp.full((4,), 2.0), "w": {"u": jnp.arange(8.0), "v": jnp.ones((8, 2))}}
-NAMED_SPECS = {"r": P(), "w": P("data")}
-ON_ALL = {"r": (), "w": "data"}
 
 
 def _named_step(rule, axis_name=None):
@@ -336,7 +151,7 @@ def _named_clip(axis_name, check_vma):
     step = _named_step(optclip.clip_by_global_norm, axis_name)
 
     specs = (NAMED_SPECS, P())
-    return _manual(step, (NAMED_SPECS,), specs, check_vma=check_vma)(NAMED)
+    return manual(step, (NAMED_SPECS,), specs, check_vma=check_vma)(NAMED)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +170,7 @@ def _named_clip(axis_name, check_vma):
 )
 def test_axis_name_forms(axis_name, check_vma):
     expected = _named_step(optclip.clip_by_global_norm)(NAMED)
-    _assert_equal(_named_clip(axis_name, check_vma), expected)
+    assert_equal(_named_clip(axis_name, check_vma), expected)
 
 
 @pytest.mark.parametrize("axis_name", ["data", ("data",)])
@@ -369,8 +184,8 @@ def test_one_name_replaces_reading_types(axis_name, check_vma):
 
 def test_no_axes_means_every_device_for_itself():
     tx = optclip.clip_by_global_norm(LIMIT, axis_name=())
-    step = _manual(_step(tx), (P("data"),) * 2, (P("data"), P()))
-    x = _normal(8, 4)
+    step = manual(last_step(tx), (P("data"),) * 2, (P("data"), P()))
+    x = normal(8, 4)
     clipped, numbers = step(x, x)
     chex.assert_trees_all_close(
         jnp.linalg.norm(clipped, axis=1), jnp.full(8, LIMIT), rtol=1e-6
@@ -419,10 +234,10 @@ def test_pmap(init_inside):
     def on_each(x):
         return jnp.stack([x] * 8)
 
-    _assert_equal(clipped["r"], on_each(expected["r"]))
-    _assert_equal(state, jax.tree.map(on_each, state_expected))
+    assert_equal(clipped["r"], on_each(expected["r"]))
+    assert_equal(state, jax.tree.map(on_each, state_expected))
     joined = jax.tree.map(lambda x: x[:, 0], clipped["w"])
-    _assert_equal(joined, expected["w"])
+    assert_equal(joined, expected["w"])
 
 
 # Documented sharp edges.
@@ -436,8 +251,8 @@ def test_all_gathered_leaves_still_count_as_varying():
         by_name = optclip.global_norm({"x": whole}, axis_name={"x": ()})
         return optclip.global_norm(whole), jax.lax.pmax(by_name, "data")
 
-    x = _normal(8)
-    by_type, by_name = _manual(norms, P("data"), P())(x)
+    x = normal(8)
+    by_type, by_name = manual(norms, P("data"), P())(x)
     np.testing.assert_allclose(by_type, np.sqrt(8) * np.linalg.norm(x), rtol=1e-6)
     np.testing.assert_allclose(by_name, np.linalg.norm(x), rtol=1e-6)
 
@@ -452,9 +267,9 @@ def test_gradients_before_their_reduction_vary_over_data():
         averaged = jax.lax.pmean(own, "data")
         return optclip.global_norm(own), optclip.global_norm(averaged)
 
-    weights, batch = _normal(4), _normal(8, 4, seed=2)
+    weights, batch = normal(4), normal(8, 4, seed=2)
     each = jnp.stack([2 * (row @ weights) * row for row in batch])
-    before, after = _manual(norms, (P(), P("data")), P())(weights, batch)
+    before, after = manual(norms, (P(), P("data")), P())(weights, batch)
     np.testing.assert_allclose(before, np.linalg.norm(each), rtol=1e-5)
     np.testing.assert_allclose(after, np.linalg.norm(each.mean(0)), rtol=1e-5)
 
@@ -464,7 +279,7 @@ SAYS_NOTHING = r"^clip_by_global_norm: axis_name must say .*\('data',\)"
 
 def test_pmap_shows_no_axes():
     """Without a name every device clips its own shard."""
-    x = _normal(8, 4)
+    x = normal(8, 4)
     tx = untyped(optclip.clip_by_global_norm(LIMIT))
     # Older releases do not show that there are axes at all.
     new = jax.__version_info__ >= (0, 10)
@@ -482,23 +297,23 @@ def test_pmap_shows_no_axes():
 def test_unchecked_types_say_nothing(axis_name, size):
     """A replicated leaf and a shard look the same there: somebody has to say it."""
     tx = untyped(optclip.clip_by_global_norm(LIMIT, axis_name=axis_name))
-    clip = _manual(
+    clip = manual(
         lambda u: tx.update(u, None)[0], P("data"), P("data"), check_vma=False
     )
     warned = pytest.warns(UserWarning, match=SAYS_NOTHING)
     with warned if axis_name is None else nullcontext():
-        clipped = clip(_normal(8, 4))
+        clipped = clip(normal(8, 4))
     norm = jnp.linalg.norm(clipped, axis=None if size else 1)
     chex.assert_trees_all_close(norm, jnp.full(norm.shape, LIMIT), rtol=1e-6)
 
 
 def test_where_types_say_enough_nothing_warns():
     """Names of `vmap` are no mesh axes, and elements extend over none."""
-    x, tx = _normal(8, 4), untyped(optclip.clip_by_global_norm(LIMIT))
+    x, tx = normal(8, 4), untyped(optclip.clip_by_global_norm(LIMIT))
     jax.vmap(lambda u: tx.update(u, None)[0], axis_name="data")(x)
     tx = untyped(optclip.clip_by(LIMIT, grouping=groupings.per_element()))
     spec = P("data")
-    _manual(lambda u: tx.update(u, None)[0], spec, spec, check_vma=False)(x)
+    manual(lambda u: tx.update(u, None)[0], spec, spec, check_vma=False)(x)
 
 
 # The second pass: collectives inside a `lax.cond`.
@@ -516,14 +331,14 @@ def _clip_in(context, measure):
         tx = optclip.clip_by_global_norm(
             limit, measure=MEASURES[measure], axis_name=axis_name
         )
-        return untyped(_step(tx)(x, x))
+        return untyped(last_step(tx)(x, x))
 
     if context == "shard_map":
-        return _manual(step, (P("data"), P()), (P("data"), P()))
+        return manual(step, (P("data"), P()), (P("data"), P()))
     if context == "pmap":
         named = functools.partial(step, axis_name="data")
         return lambda x, limit: _pmapped(named, x, limit, in_axes=(0, None))
-    mesh = _mesh((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
+    mesh = mesh_of((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
     step = jax.jit(step)
 
     def run(x, limit):
@@ -538,7 +353,7 @@ def _clip_in(context, measure):
 @pytest.mark.parametrize("magnitude", [1e25, 1e-30])
 def test_second_pass(magnitude, measure, context):
     """Squares of these overflow, or vanish under a limit that is smaller still."""
-    x = _normal(8, 4) * np.float32(magnitude)
+    x = normal(8, 4) * np.float32(magnitude)
     exact = np.asarray(x, np.float64)
     power = {"l2": 2, "lp3": 3}[measure]
     size = np.sum(np.abs(exact) ** power) ** (1 / power)
@@ -555,7 +370,7 @@ def test_second_pass(magnitude, measure, context):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_shard_spoils_its_group_everywhere(bad, measure, context):
     """Maxima, too: XLA:CPU's all-reduce of floats forgets a NaN."""
-    x = _normal(8, 4).at[5, 1].set(bad)
+    x = normal(8, 4).at[5, 1].set(bad)
     clipped, numbers = _clip_in(context, measure)(x, jnp.float32(LIMIT))
     assert jnp.isnan(clipped).all()
     np.testing.assert_array_equal(numbers["size"], jnp.full_like(numbers["size"], bad))
@@ -569,7 +384,7 @@ def _beside_params(learns):
     if learns:
         threshold = thresholds.tightest(threshold, thresholds.ema_multiple())
     tx = optclip.clip_by(threshold, grouping=groupings.per_unit(axes=0))
-    step = untyped(_step(tx, (1, 1)))
+    step = untyped(last_step(tx, (1, 1)))
     return jax.jit(step)
 
 
@@ -577,18 +392,18 @@ def _beside_params(learns):
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_parameters_and_updates_share_a_second_pass(axis_type, learns):
     """Whichever is out of range; on a mesh, where that is one collective less."""
-    x, y = {"a": _normal(8, 8), "b": _normal(8, 4)}, {"a": _normal(8, 8, seed=2)}
-    y["b"] = _normal(8, 4, seed=3)
-    mesh, specs = _mesh(axis_type=axis_type), {"a": P("data", "model"), "b": P()}
+    x, y = {"a": normal(8, 8), "b": normal(8, 4)}, {"a": normal(8, 8, seed=2)}
+    y["b"] = normal(8, 4, seed=3)
+    mesh, specs = mesh_of(axis_type=axis_type), {"a": P("data", "model"), "b": P()}
     step = _beside_params(learns)
     for own, of_params in ((1, 1), (1e25, 1e25), (1, 1e25), (1e25, 1), (1e-30, 1e25)):
         updates = x | {"a": x["a"].at[:, 3:5].multiply(own)}
         params = y | {"a": y["a"].at[:, 4:6].multiply(of_params)}
         expected = step(updates, params)
         with on_mesh(mesh):
-            placed = (_placed(tree, specs, mesh) for tree in (updates, params))
+            placed = (placed_on(tree, specs, mesh) for tree in (updates, params))
             result = step(*placed)
-        _assert_equal(result, expected)
+        assert_equal(result, expected)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -599,11 +414,9 @@ def test_devices_agree_on_the_second_pass(check_vma):
     """
     tree = {"split": jnp.ones((8, 2)), "whole": jnp.ones((2, 8)).at[0, 3].set(1e25)}
     specs = {"split": P("data"), "whole": P(None, "data")}
-    tx = _unit_clip({"split": "data", "whole": ()})
-    clip = _manual(
-        lambda u: tx.update(u, None)[0], (specs,), specs, check_vma=check_vma
-    )
-    _assert_equal(clip(tree), jax.jit(lambda u: _unit_clip().update(u, None)[0])(tree))
+    tx = unit_clip({"split": "data", "whole": ()})
+    clip = manual(lambda u: tx.update(u, None)[0], (specs,), specs, check_vma=check_vma)
+    assert_equal(clip(tree), jax.jit(lambda u: unit_clip().update(u, None)[0])(tree))
 
 
 @pytest.mark.parametrize("context", ["auto", "explicit", "shard_map"])
@@ -616,142 +429,17 @@ def test_a_bad_shard_is_counted_everywhere(grouping, context):
         "element": groupings.per_element(),
     }[grouping]
     tx = optclip.clip_by(thresholds.constant(LIMIT), grouping=chosen, axis_name=())
-    x = _normal(8, 4).at[5, 1].set(np.nan)
-    expected = jax.jit(_step(tx))(x, x)
+    x = normal(8, 4).at[5, 1].set(np.nan)
+    expected = jax.jit(last_step(tx))(x, x)
     assert expected[1]["nonfinite_steps"] == 1
     if context == "shard_map":
-        result = _manual(_step(tx), (P("data"),) * 2, (P("data"), P()))(x, x)
+        result = manual(last_step(tx), (P("data"),) * 2, (P("data"), P()))(x, x)
     else:
-        mesh = _mesh((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
+        mesh = mesh_of((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
         placed = jax.device_put(x, NamedSharding(mesh, P("data")))
         with on_mesh(mesh):
-            result = jax.jit(_step(tx))(placed, placed)
-    _assert_equal(result, expected)
-
-
-# Collectives.
-
-
-def _collectives(function, *args):
-    """How many collectives run outside of conditional branches."""
-    text = function.lower(*args).compile().as_text()
-    return len(collectives(text).ordinary)
-
-
-def _many_leaves(specs):
-    return {f"{i:02}": spec for i, spec in enumerate(specs)}
-
-
-WHOLE, EACH = optclip.clip_by_global_norm, optclip.clip_by_norm
-LEARNED = {
-    "spike_clip": lambda limit: optclip.spike_clip(),
-    "adagc": lambda limit: optclip.adagc(),
-    "skip_step": lambda limit: optclip.skip_step(optax.identity(), limit),
-}
-LARGEST = functools.partial(EACH, measure=measures.max_abs)
-
-
-@pytest.mark.parametrize(
-    ("rule", "specs", "number"),
-    [
-        pytest.param(WHOLE, [P("data")] * 50, 1, id="whole"),
-        pytest.param(WHOLE, [P("data"), P("model")] * 10, 2, id="whole-two-axes"),
-        pytest.param(WHOLE, [P("data"), P()] * 5, 1, id="whole-and-replicated"),
-        pytest.param(WHOLE, [P()] * 5, 0, id="whole-all-replicated"),
-        pytest.param(EACH, [P("data")] * 20, 1, id="per_leaf"),
-        pytest.param(EACH, [P("data"), P("model")] * 5, 2, id="per_leaf-two-axes"),
-        *(
-            pytest.param(rule, [P("data"), P()] * 5, 1, id=name)
-            for name, rule in LEARNED.items()
-        ),
-        pytest.param(LARGEST, [P("data"), P("model")] * 5, 2, id="max_abs-two-axes"),
-    ],
-)
-def test_one_collective_for_each_set_of_axes(rule, specs, number):
-    """Whatever the number of leaves, metrics included."""
-    specs = _many_leaves(specs)
-    tree = {name: jnp.ones((8, 2)) for name in specs}
-    step = _manual(_step(rule(LIMIT)), (specs, specs), (specs, P()), (4, 2))
-    assert _collectives(step, tree, tree) == number
-
-
-def test_counting_collectives_sees_them():
-    """Inside of branches they do not count, outside they do."""
-
-    def sums(x):
-        total = jax.lax.psum(x, "data")
-        rare = jax.lax.cond(
-            total[0] > 0, lambda: jax.lax.psum(jnp.sin(x), "data"), lambda: total
-        )
-        return rare + jax.lax.pmax(x, "data")
-
-    assert _collectives(_manual(sums, P("data"), P()), jnp.ones(8)) == 2
-
-
-@pytest.mark.parametrize("axis_name", ["data", ON_ALL])
-def test_one_collective_with_names(axis_name):
-    tx = optclip.clip_by_global_norm(LIMIT, axis_name=axis_name)
-    specs = (NAMED_SPECS, P())
-    step = _manual(_step(tx), (NAMED_SPECS,) * 2, specs, check_vma=False)
-    assert _collectives(step, NAMED, NAMED) == 1
-
-
-@pytest.mark.parametrize(
-    ("axis_name", "spec"),
-    [
-        pytest.param((), P(None, "data"), id="whole"),
-        pytest.param("data", P("data"), id="extending"),
-    ],
-)
-def test_units_need_one_collective(axis_name, spec):
-    """Of the units' totals, or of the metrics where units are whole."""
-    tree = {name: jnp.ones((8, 8)) for name in "abcd"}
-    step = _manual(_step(_unit_clip(axis_name)), (spec, spec), (spec, P()))
-    assert _collectives(step, tree, tree) == 1
-
-
-@pytest.mark.parametrize(
-    ("axis_name", "spec", "number"),
-    [((), P(None, "data"), 3), ("data", P("data"), 1)],
-    ids=["whole", "extending"],
-)
-def test_the_whole_beside_units_needs_two_more(axis_name, spec, number):
-    """AdaGC by unit reads the norm of all units: their maximum, and their sum."""
-    tree = {name: _normal(8, 8) for name in "abcd"}
-    tx = optclip.adagc(grouping=groupings.per_unit(axes=0), axis_name=axis_name)
-    step = _manual(_step(tx), (spec, spec), (spec, P()))
-    assert _collectives(step, tree, tree) == number
-    alone = jax.jit(_step(optclip.adagc(grouping=groupings.per_unit(axes=0))))
-    _assert_equal(step(tree, tree), alone(tree, tree))
-
-
-def test_relative_limits_need_one_collective_for_each_tree():
-    """Of the updates' totals, and of the parameters'; XLA may join them."""
-    tree = {name: _normal(8, 8) for name in "abcd"}
-    tx = optclip.adaptive_grad_clip(axis=0, axis_name="data")
-    step = _manual(_step(tx), (P("data"),) * 2, (P("data"), P()))
-    assert _collectives(step, tree, tree) <= 2
-    alone = jax.jit(_step(optclip.adaptive_grad_clip(axis=0)))
-    _assert_equal(step(tree, tree), alone(tree, tree))
-
-
-@pytest.mark.parametrize("row", rows("elementwise"))
-def test_elementwise_needs_no_collective(row):
-    """Nor under `jit`: `test_9_collectives`."""
-    step = _manual(_step(row.build(LIMIT)), (SPECS, SPECS), (SPECS, P()), (4, 2))
-    assert _collectives(step, *_arguments(row)) == 0
-
-
-def test_auto_axes_send_one_number_for_each_sharded_leaf_at_most():
-    """There XLA places the collectives (0.10 all in one); only scalars may travel."""
-    tree = {f"{i:02}": jnp.ones((8, 64)) for i in range(20)}
-    placed = _placed(tree, _many_leaves([P("data"), P()] * 10), _mesh((8,)))
-    step = jax.jit(_step(optclip.clip_by_global_norm(LIMIT)))
-    assert 1 <= _collectives(step, placed, placed) <= 10
-    text = step.lower(placed, placed).compile().as_text() or ""
-    sent = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
-    assert sent and not any(re.search(r"\[\d", kind) for kind in sent)
-    assert "all-gather" not in text
+            result = jax.jit(last_step(tx))(placed, placed)
+    assert_equal(result, expected)
 
 
 # Metrics.
@@ -760,19 +448,19 @@ def test_auto_axes_send_one_number_for_each_sharded_leaf_at_most():
 @pytest.mark.parametrize("context", ["auto", "explicit", "shard_map"])
 def test_groups_equally_far_over_show_as_one_number(context):
     """Whichever ratio is the largest by an ulp on this mesh: the largest size."""
-    tree = {f"{n}": (1 + n) * _normal(8, 8, seed=n) for n in range(8)}
+    tree = {f"{n}": (1 + n) * normal(8, 8, seed=n) for n in range(8)}
     specs = {name: P("data", "model") for name in tree}
-    step = _step(optclip.adagc(warmup_steps=2), (1, 1, 1, 9))
+    step = last_step(optclip.adagc(warmup_steps=2), (1, 1, 1, 9))
     expected = jax.jit(step)(tree, tree)
     if context == "shard_map":
-        result = _manual(step, (specs, specs), (specs, P()), (4, 2))(tree, tree)
+        result = manual(step, (specs, specs), (specs, P()), (4, 2))(tree, tree)
     else:
         kind = AxisType.Auto if context == "auto" else AxisType.Explicit
-        mesh = _mesh(axis_type=kind)
+        mesh = mesh_of(axis_type=kind)
         with on_mesh(mesh):
-            placed = _placed(tree, specs, mesh)
+            placed = placed_on(tree, specs, mesh)
             result = jax.jit(step)(placed, placed)
-    _assert_equal(result, expected)
+    assert_equal(result, expected)
     sizes = [9 * jnp.linalg.norm(x) for x in tree.values()]
     np.testing.assert_allclose(result[1]["size"], max(sizes), rtol=1e-6)
 
@@ -793,7 +481,7 @@ def _gradients(measure):
     def over_devices(x):
         return jax.lax.psum(x, "data")
 
-    inside = _manual(lambda t: jax.grad(loss)(t, over_devices), (specs,), specs)
+    inside = manual(lambda t: jax.grad(loss)(t, over_devices), (specs,), specs)
     return inside, jax.jit(lambda t: jax.grad(loss)(t, lambda x: x))
 
 
@@ -803,7 +491,7 @@ def test_meta_gradients(measure, scale):
     """Inside `shard_map`, through the collectives, as without a mesh."""
     inside, outside = _gradients(measure)
     # No two elements are the largest, except at zero, where no measure has a gradient.
-    tree = {"r": scale * _normal(3, seed=4), "w": scale * _normal(8, 2)}
+    tree = {"r": scale * normal(3, seed=4), "w": scale * normal(8, 2)}
     chex.assert_tree_all_finite(inside(tree))
     chex.assert_trees_all_close(inside(tree), outside(tree), rtol=1e-5, atol=1e-6)
 
@@ -811,7 +499,7 @@ def test_meta_gradients(measure, scale):
 def test_meta_gradients_of_a_maximum_that_devices_share():
     """Each device has its part of the derivative, and not all of it."""
     inside, outside = _gradients("max_abs")
-    tree = {"r": 0.1 * _normal(3, seed=4), "w": jnp.ones((8, 2))}
+    tree = {"r": 0.1 * normal(3, seed=4), "w": jnp.ones((8, 2))}
     chex.assert_trees_all_close(inside(tree), outside(tree), rtol=1e-5, atol=1e-6)
 
 
@@ -823,7 +511,7 @@ def test_meta_gradients_of_a_maximum_that_devices_share():
 def test_meta_gradients_of_metrics_that_cross_devices(grouping, axis_name):
     """The metrics need a collective here, and it has a derivative."""
     tx = untyped(optclip.clip_by(LIMIT, grouping=grouping, axis_name=axis_name))
-    x = _normal(8, 2)
+    x = normal(8, 2)
 
     def gradient(x):
         def loss(x):
@@ -832,7 +520,7 @@ def test_meta_gradients_of_metrics_that_cross_devices(grouping, axis_name):
 
         return jax.grad(loss, has_aux=True)(x)
 
-    inside = _manual(gradient, P("data"), (P("data"), P()))
+    inside = manual(gradient, P("data"), (P("data"), P()))
     chex.assert_trees_all_close(inside(x), jax.jit(gradient)(x), rtol=1e-5, atol=1e-6)
 
 
@@ -876,7 +564,7 @@ STATEFUL = {
 @functools.cache
 def _stateful(case):
     """A tree, and what three steps without a mesh make of it."""
-    tree = {"a": _normal(8, 8), "b": 2 * _normal(8, 16, seed=3)}
+    tree = {"a": normal(8, 8), "b": 2 * normal(8, 16, seed=3)}
     tx = optclip.clip_by(_running_maximum(), grouping=STATEFUL[case][0])
     return tree, jax.jit(_scanned(tx))(tree)
 
@@ -889,11 +577,11 @@ def test_state_inside_shard_map(case, init_inside):
     tree, expected = _stateful(case)
     specs = optclip.ClipState(threshold=state_spec, metrics=untyped(P()))
     if init_inside:
-        result = _manual(_scanned(tx), (spec,), (spec, specs))(tree)
+        result = manual(_scanned(tx), (spec,), (spec, specs))(tree)
     else:
-        step = _manual(lambda u, s: _scanned(tx, s)(u), (spec, specs), (spec, specs))
+        step = manual(lambda u, s: _scanned(tx, s)(u), (spec, specs), (spec, specs))
         result = step(tree, tx.init(tree))
-    _assert_equal(result, expected)
+    assert_equal(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -906,20 +594,20 @@ def test_state_on_a_mesh(case, axis_type):
     grouping, _, spec, _ = STATEFUL[case]
     tx = optclip.clip_by(_running_maximum(), grouping=grouping)
     tree, expected = _stateful(case)
-    mesh = _mesh((8,), axis_type)
-    placed = _placed(tree, {"a": spec, "b": spec}, mesh)
+    mesh = mesh_of((8,), axis_type)
+    placed = placed_on(tree, {"a": spec, "b": spec}, mesh)
     with on_mesh(mesh):
         state = tx.init(placed)
         result = jax.jit(lambda u, s: _scanned(tx, s)(u))(placed, state)
-    _assert_equal(result, expected)
+    assert_equal(result, expected)
 
 
 def test_state_without_sums_in_a_joint_grouping():
     """Every device keeps its own: the state varies, and is typed so from `init` on."""
     tx = optclip.clip_by(_running_maximum(), axis_name=())
-    x = _normal(8, 4)
+    x = normal(8, 4)
     state_specs = optclip.ClipState(threshold=P("data"), metrics=untyped(P()))
-    clipped, state = _manual(_scanned(tx), P("data"), (P("data"), state_specs))(x)
+    clipped, state = manual(_scanned(tx), P("data"), (P("data"), state_specs))(x)
     plain = optclip.clip_by(_running_maximum())
     expected, kept = jax.jit(jax.vmap(_scanned(plain)))(x)
     chex.assert_trees_all_close(clipped, expected, rtol=1e-6)
@@ -928,81 +616,21 @@ def test_state_without_sums_in_a_joint_grouping():
 
 # Projections.
 
-SET_SPECS = {"a": {"bias": P("model"), "kernel": P("data", "model")},
-             "b": {"kernel": P(None, "data"), "scale": P()}}  # fmt: skip
-
-
-def _parameters():
-    params = {part: _tree()[part] for part in SET_SPECS}
-    return params, jax.tree.map(lambda x: -0.3 * x[::-1], params)
-
-
-def _projected(tx):
-    def step(params, updates):
-        updates, _ = tx.update(updates, tx.init(params), params)
-        return jax.tree.map(jnp.add, params, updates)
-
-    return step
-
-
-@functools.cache
-def _unsharded_set(name):
-    (row,) = (param.values[0] for param in projections(name=name))
-    return jax.jit(_projected(row.transform(LIMIT)))(*_parameters())
-
-
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize("row", projections())
-def test_projections_jitted_on_a_mesh(row, axis_type):
-    """Also of sets that sort and factorise; what they send: `tests.projections`."""
-    mesh = _mesh(axis_type=axis_type)
-    arguments = (_placed(tree, SET_SPECS, mesh) for tree in _parameters())
-    with on_mesh(mesh):
-        out = jax.jit(_projected(row.transform(LIMIT)))(*arguments)
-    chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
-
-    def same_sharding(path, one, spec):
-        assert one.sharding.is_equivalent_to(NamedSharding(mesh, spec), one.ndim), path
-
-    if row.fuses is True or axis_type == AxisType.Explicit:
-        jax.tree_util.tree_map_with_path(same_sharding, out, SET_SPECS)
-
-
-@pytest.mark.parametrize(
-    "row", [p for p in projections(mapped=True) if p.values[0].points != "unit"]
-)
-def test_projections_in_shard_map(row):
-    """Norms of leaves are summed over the axes that each leaf varies over."""
-    step = _projected(row.transform(LIMIT))
-    mapped = _manual(step, (SET_SPECS, SET_SPECS), SET_SPECS, (4, 2))
-    out = mapped(*_parameters())
-    chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
-
 
 @pytest.mark.parametrize("make", [sets.max_norm, sets.norm_range, sets.unit_norm])
 def test_units_in_shard_map_extend_over_the_axes_that_the_user_names(make):
     """Rows split over `data`: a column's norm is summed over it; and without a name?"""
     # Two rows a device: of one row, a unit would be all of it.
-    params, updates = {"kernel": _normal(16, 8)}, {"kernel": -_normal(16, 8)[::-1]}
-    want = jax.jit(_projected(optclip.project(make())))(params, updates)
+    params, updates = {"kernel": normal(16, 8)}, {"kernel": -normal(16, 8)[::-1]}
+    want = jax.jit(projected(optclip.project(make())))(params, updates)
     for spec, name in ((P("data"), "data"), (P(None, "data"), ())):
-        step = _projected(optclip.project(make(axis_name=name)))
+        step = projected(optclip.project(make(axis_name=name)))
         shape = (4,) if name == () else (8,)
-        out = _manual(step, (spec, spec), spec, shape)(params, updates)
+        out = manual(step, (spec, spec), spec, shape)(params, updates)
         chex.assert_trees_all_close(out, want, rtol=1e-5, atol=1e-6)
     with pytest.raises(
         ValueError, match=r"axis_name must say .* got None for 'kernel'"
     ):
-        _manual(_projected(optclip.project(make())), (P("data"), P("data")), P("data"))(
+        manual(projected(optclip.project(make())), (P("data"), P("data")), P("data"))(
             params, updates
         )
-
-
-@pytest.mark.parametrize(
-    "row", projections(mapped="points in parts cannot be joined by a sum")
-)
-def test_sets_that_need_whole_leaves_say_so_in_shard_map(row):
-    step = _projected(row.transform(LIMIT))
-    with pytest.raises(ValueError, match=r"must be whole on each device, got 'kernel'"):
-        params = {"kernel": _normal(8, 8)}
-        _manual(step, (P("data"), P("data")), P("data"))(params, params)

@@ -26,6 +26,8 @@ from tests.laws.collectives import collectives, mesh_of
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 SHAPES = {"kernel": (8, 16), "bias": (16,), "table": (8, 4)}
 NAMES = {"kernel": ("data", "model"), "bias": ("model",), "table": ("data", None)}
 # What is left where axis 0 is reduced.

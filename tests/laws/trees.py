@@ -14,6 +14,7 @@ import jax.experimental
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from tests.laws.table import ROWS, Row
@@ -37,6 +38,13 @@ DTYPES = tuple(MAGNITUDES)
 
 # One row of each kind of block, for what depends on little else and compiles slowly.
 SAMPLE = ("clip_by_global_norm", "clip_by_norm-per_unit", "clip_by_value", "monitor")
+
+
+def at_most(count: int) -> settings:
+    """So many examples of a slow property in the suite; a longer search has its own."""
+    profile, suite = settings.default, settings.get_profile("optclip")
+    longer = profile is not None and profile.max_examples > suite.max_examples
+    return settings() if longer else settings(max_examples=count)
 
 
 class Case(NamedTuple):

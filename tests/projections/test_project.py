@@ -15,6 +15,8 @@ from tests.laws.table import PROJECTIONS
 from tests.projections.steps import after, moved
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 
 def model():
     return {

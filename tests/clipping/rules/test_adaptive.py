@@ -22,6 +22,8 @@ from tests.laws.trees import in_x64, on_mesh
 from tests.oracles import adaptive
 from tests.untyped import untyped
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 
 def step_by_step(tx, stream, params=None):
     """The last state and the updates at every step, by a scan to be compiled."""
