@@ -6,7 +6,6 @@ Left of the bar is what Optax gives, right of it what optclip gives.
 
 import contextlib
 import io
-import re
 
 import jax
 import optax
@@ -15,7 +14,6 @@ import pytest
 from tests import pages
 
 TEXT = (pages.ROOT / "docs" / "upstream.md").read_text()
-CELL = re.compile(r"```\{code-cell\} python\n(.*?)```", re.DOTALL)
 EXPECTED = {
     "Large and small magnitudes (law 1)": [
         "clip_by_global_norm: 0 0 | 0.6 0.8",
@@ -107,7 +105,7 @@ def printed(quick_compiles: None) -> dict[str, list[str]]:
         for section in TEXT.split("\n## "):
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                for program in CELL.findall(section):
+                for _, program in pages.CELL.findall(section):
                     exec(compile(program, "docs/upstream.md", "exec"), namespace)
             found[section.splitlines()[0]] = out.getvalue().splitlines()
     return found
