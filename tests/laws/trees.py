@@ -189,7 +189,9 @@ def _normal(x: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float16":  # widened, its subnormals are ordinary numbers
         tiny = float(info(dtype).smallest_subnormal)
     if np.iscomplexobj(x):
-        real, imag = (np.where(np.abs(p) < tiny, 0, p) for p in (x.real, x.imag))
+        real, imag = (
+            np.where(np.abs(p) < tiny, 0, p) for p in (np.real(x), np.imag(x))
+        )
         return (real + 1j * imag).astype(dtype)
     return np.where(np.abs(x) < tiny, np.copysign(0.0, x), x).astype(dtype)
 
