@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 # Pages run on the CPU, which shows itself as eight devices to the page on meshes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# They compile a lot and compute little.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ["PYTHONPATH"] = str(ROOT)
 
 import optclip  # noqa: E402
