@@ -311,7 +311,9 @@ def test_lowerings_are_noticed():
 @pytest.mark.parametrize(
     "row", [*ROWS, *PROJECTIONS], ids=lambda row: f"{row.name}-{type(row).__name__}"
 )
-def test_more_eager_updates_lower_nothing(row: Row | Constraint, quick_compiles: None):
+def test_more_eager_updates_lower_nothing(
+    row: Row | Constraint, quickest_compiles: None
+):
     """From the third on, whatever is clipped or not."""
     if isinstance(row, Row):
         tx = row.build(2.0)

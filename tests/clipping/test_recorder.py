@@ -25,7 +25,7 @@ from tests.laws.collectives import collectives, mesh_of
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 NAMES = ("a/bias", "a/kernel", "b/kernel")
 

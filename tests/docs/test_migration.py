@@ -18,7 +18,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # Losses of up to 2e5 pass through 20 steps of an optimizer, each a few roundings apart.
 RTOL = 2e-4
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import optclip
 from tests import pages
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 FILE = pages.ROOT / "tests/golden/hard_inputs.json"
 RECORDED = json.loads(FILE.read_text())["outputs"]

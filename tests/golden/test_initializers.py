@@ -16,7 +16,7 @@ import pytest
 
 from optclip import initializers
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 FOLDER = pathlib.Path(__file__).parent
 FILES = {

@@ -48,7 +48,7 @@ from optclip.initializers import nnx as nnx_door
 from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 KEY = jax.random.key(3)
 
 

@@ -16,7 +16,7 @@ from optclip import groupings, measures, metrics, thresholds
 from optclip.thresholds import Threshold
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 FIELDS = (
     "size", "limit", "clipped_fraction", "steps", "clipped_steps", "nonfinite_steps",

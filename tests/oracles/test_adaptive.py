@@ -18,7 +18,7 @@ from tests.laws.trees import on_mesh
 from tests.oracles import adaptive, fixed
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 SHAPES = {"a/bias": (3,), "a/kernel": (4, 3), "b/kernel": (2, 5)}
 STEPS = 500

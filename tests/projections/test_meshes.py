@@ -19,7 +19,7 @@ from tests.laws.trees import on_mesh
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs a mesh"),
-    pytest.mark.usefixtures("quick_compiles"),
+    pytest.mark.usefixtures("quickest_compiles"),
 ]
 
 MATRICES = {
