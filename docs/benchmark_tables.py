@@ -111,7 +111,7 @@ def races() -> str:
     parts = []
     header = ["name", "ms a call", "ms the device is busy", "kernels", "GB/s"]
     for machine in read("accelerator-*.json"):
-        parts.append(f"### {machine['device']}")
+        parts += [f"### {machine['device']}", *machine.get("notes", [])]
         for race, lines in machine["races"].items():
             rows = [
                 [

@@ -50,18 +50,17 @@ def summed_sizes(
     by_mesh: dict[meshes.MeshAxes, dict[tuple[int, int], Arrays]] = {}
     for number, group in enumerate(each):
         scale = None if scales is None else scales[owners[number]]
-        summed = [(leaves[m.index], m.axes, m.mesh) for m in group.members]
-        if in_one and groups.joint:
-            summed = three_sums.in_rows(group, leaves)
-        for leaf, axes, mesh in summed:
-            own = scale
-            if scale is not None and scale.ndim not in (0, leaf.ndim):
-                own = aligned(scale, leaf)
-            how = axes, not groups.joint, groups.dtype
-            if in_one:
-                sums = three_sums.sums_of_squares(leaf, *how)
-            else:
-                sums = [_reduced(leaf, own, measure.map, measure.combine, *how)]
+        if in_one:
+            found = three_sums.of_group(group, leaves, groups)
+        else:
+            found = []
+            for index, axes, mesh in group.members:
+                leaf = leaves[index]
+                own = scale  # of a unit's shape where it is no scalar
+                own = aligned(own, leaf) if own is not None and own.ndim else own
+                how = measure.map, measure.combine, axes, not groups.joint, groups.dtype
+                found.append((mesh, [_reduced(leaf, own, *how)]))
+        for mesh, sums in found:
             of_mesh = by_mesh.setdefault(mesh, {})
             for place, total in enumerate(sums):
                 of_mesh.setdefault((number, place), []).append(total)

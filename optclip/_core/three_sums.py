@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip._core import meshes, numerics, small_leaves
-from optclip._core.groups import Arrays, Group
+from optclip._core.groups import Arrays, Group, Groups
 
 ROW = 256  # elements that are summed before they meet those of other leaves
 # Elements above which a leaf is summed by itself: XLA:GPU reads a gigabyte by rows at a
@@ -39,7 +39,20 @@ def scales(dtype: np.dtype) -> tuple[float, float, float]:
     return 1.0, usable.up, usable.down
 
 
-def in_rows(
+def of_group(
+    group: Group, leaves: Arrays, groups: Groups
+) -> list[tuple[meshes.MeshAxes, list[jax.Array]]]:
+    """The three sums of each part of a group, and the mesh axes to sum over at last."""
+    parts = [(leaves[m.index], m.axes, m.mesh) for m in group.members]
+    if groups.joint:
+        parts = _in_rows(group, leaves)
+    return [
+        (mesh, sums_of_squares(leaf, axes, not groups.joint, groups.dtype))
+        for leaf, axes, mesh in parts
+    ]
+
+
+def _in_rows(
     group: Group, leaves: Arrays
 ) -> list[tuple[jax.Array, tuple[int, ...], meshes.MeshAxes]]:
     """Whole leaves, the axes to sum over first, and the mesh axes to sum over at last.

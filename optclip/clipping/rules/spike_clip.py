@@ -8,7 +8,7 @@ over the last `window` sizes before clipping, m of which are there yet. Why this
 statistic: sizes before clipping, because an average of clipped sizes may never rise
 again; the median, because a mean moves with every spike; spread over 48 sizes, because
 fewer clip ordinary steps and more follow a shift too late; logarithms, because sizes
-vary by ratios. The spike-response table has the numbers.
+vary by ratios. The benchmarks page has the numbers.
 """
 
 from __future__ import annotations

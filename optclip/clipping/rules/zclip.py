@@ -166,7 +166,7 @@ def zclip(
     That is `mode="reciprocal"`; "mean" clips to μ, "max" to μ + z_threshold·σ. The
     first `warmup_steps` norms pass, under `max_norm` only. The authors' code also sets
     max_norm=1. After a permanent rise of the norm, "reciprocal" and "mean" may clip for
-    ever; see the spike-response table.
+    ever; the benchmarks page has the numbers.
 
     Args:
       z_threshold: in deviations, positive.
