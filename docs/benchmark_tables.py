@@ -143,21 +143,20 @@ def machines() -> str:
 
 
 def soak() -> str:
-    """The long run in one sentence of numbers."""
-    (result,) = read("soak.json")
-    steps = sum(result["drawn"].values())
-    return table(
-        ["steps", "of them not finite", "spikes", "rules and sets", "traces"],
+    """The long runs, each of other rows of the laws' table."""
+    (runs,) = read("soak.json")
+    header = ["steps", "of them not finite", "spikes", "rules and sets", "traces"]
+    rows = [
         [
-            [
-                f"{steps:,}",
-                f"{result['drawn']['nan'] + result['drawn']['infinity']:,}",
-                f"{result['drawn']['spike']:,}",
-                str(len(result["rows"])),
-                str(result["traces"]),
-            ]
-        ],
-    )
+            f"{sum(run['drawn'].values()):,}",
+            f"{run['drawn']['nan'] + run['drawn']['infinity']:,}",
+            f"{run['drawn']['spike']:,}",
+            str(len(run["rows"])),
+            str(run["traces"]),
+        ]
+        for run in runs
+    ]
+    return table(header, rows)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -390,7 +390,8 @@ def text(place: str, name: str) -> str:
 
 def index() -> str:
     """The thumbnails, in three groups."""
-    parts = ["# Gallery", "One picture for every rule, set and preset."]
+    programs = "Whole programs have theirs on the page of [examples](../examples.md)."
+    parts = ["# Gallery", f"One picture for every rule, set and preset. {programs}"]
     for place, entries in KINDS.items():
         title, legend = TITLES[place], LEGENDS[place]
         columns = "2 3 4 4" if place == "optclip.sets" else "1 2 2 3"
