@@ -144,7 +144,7 @@ def machines() -> str:
 
 def soak() -> str:
     """The long runs, each of other rows of the laws' table."""
-    (runs,) = read("soak.json")
+    runs = json.loads((RESULTS / "soak.json").read_text())
     header = ["steps", "of them not finite", "spikes", "rules and sets", "traces"]
     rows = [
         [
