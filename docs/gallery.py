@@ -13,8 +13,10 @@ models are drawn and measured.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import inspect
+import multiprocessing
 import pathlib
 import re
 import sys
@@ -425,11 +427,15 @@ def write(docs: pathlib.Path) -> None:
     stamp = folder / ".made-from"
     if stamp.exists() and stamp.read_text() == state:
         return
-    for place, entries in KINDS.items():
-        for name in entries:
-            page = page_of(f"{place}.{name}")
-            draw(place, name, folder / f"{page}.png")
-            put(folder / f"{page}.md", text(place, name))
+    names = [(place, name) for place, entries in KINDS.items() for name in entries]
+    pages = [folder / f"{page_of(f'{place}.{name}')}" for place, name in names]
+    # Two processes, because nearly all of the time is compiling on one core.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        pictures = [page.with_name(f"{page.name}.png") for page in pages]
+        list(pool.map(draw, *zip(*names, strict=True), pictures, chunksize=6))
+    for page, own in zip(pages, names, strict=True):
+        put(page.with_name(f"{page.name}.md"), text(*own))
     put(folder / "index.md", index())
     stamp.write_text(state)
 
