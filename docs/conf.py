@@ -22,6 +22,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ["PYTHONPATH"] = str(ROOT)
 
+# Below what they read of the environment.
 import optclip  # noqa: E402
 from docs import api_pages  # noqa: E402
 
@@ -88,6 +89,7 @@ def setup(app):
     for made in ("api_pages", "benchmark_tables", "gallery"):
         command = [sys.executable, "-m", f"docs.{made}", str(HERE)]
         subprocess.run(command, cwd=ROOT, check=True)
+    # Python warns of the fork all the same, since JAX is imported.
     warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)
     # Before napoleon, whose handler has priority 500, reads the sections.
     app.connect("autodoc-process-docstring", api_pages.as_rst, priority=400)

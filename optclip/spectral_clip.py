@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from optclip._core import checks, metrics, numerics
-from optclip._core.public import public
+from optclip._core.public import error, public
 from optclip._core.types import Limit, Nonfinite, Stacked, Tree, Where
 from optclip.clipping.engine import ClipState
 from optclip.clipping.thresholds import at_step
@@ -106,7 +106,8 @@ def spectral_clip(
     """
     checks.limit_like(max_sigma=max_sigma)
     checks.choice(get_args(Nonfinite), nonfinite=nonfinite)
-    checks.choice((False, True), soft=soft)
+    if not isinstance(soft, bool):
+        raise error(f"soft must be True or False, got {soft!r}.")
     ball = spectral_ball(iterations=iterations, stacked=stacked)
     chosen = chosen_by(where)
     fill = jnp.nan if nonfinite == "propagate" else 0.0

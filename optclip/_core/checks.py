@@ -108,13 +108,12 @@ def axes(**named: object) -> None:
             raise _wrong(name, "an integer or a tuple of integers", repr(value))
 
 
-def same_shape(path: str, params: Any, updates: Any) -> None:
-    """Raises unless a parameter has the shape of its update."""
-    if params.shape != updates.shape:
-        raise error(
-            f"params must have the shapes of updates, got {params.shape} for "
-            f"{updates.shape} at {path!r}."
-        )
+def other_shape(path: str, params: Any, updates: Any) -> ValueError:
+    """What is wrong with a parameter that has not the shape of its update."""
+    return error(
+        f"params must have the shapes of updates, got {params.shape} for "
+        f"{updates.shape} at {path!r}."
+    )
 
 
 def optimizer(**named: object) -> None:
@@ -129,7 +128,7 @@ def other_state(kind: type, state: object) -> ValueError:
     return _wrong("state", f"a {kind.__name__}", type(state).__name__)
 
 
-def choice(options: tuple[str | bool, ...], **named: object) -> None:
+def choice(options: tuple[str, ...], **named: object) -> None:
     """Raises unless each value is one of the options."""
     for name, value in named.items():
         if value not in options:

@@ -39,17 +39,20 @@ def logged(sizes: Sizes) -> Logged:
       ValueError: if they are no numbers, complex, negative, none at all, of another
         shape, or if a history's names do not fit them.
     """
-    past = sizes if isinstance(sizes, History) else None
-    found = _table(sizes.sizes if isinstance(sizes, History) else sizes)
+    names, measure = None, None
+    if isinstance(sizes, History):
+        names, measure, sizes = sizes.names, sizes.measure, sizes.sizes
+    found = _table(sizes)
     column = found.ndim == 1
     table = found[:, None] if column else found
-    names = past.names if past else tuple(map(str, range(table.shape[1])))
+    if names is None:
+        names = tuple(map(str, range(table.shape[1])))
     if len(names) != table.shape[1] or len(set(names)) != len(names):
         raise error(
             f"sizes must have one name for each column, got {len(names)} names, "
             f"{len(set(names))} of them different, for {table.shape[1]} columns."
         )
-    return Logged(names, table, column, past.measure if past else None)
+    return Logged(names, table, column, measure)
 
 
 def combined(sizes: Sizes, measure: Measure) -> np.ndarray:

@@ -108,6 +108,6 @@ def _like(updates: optax.Updates, params: optax.Params, groups: Groups) -> Tree:
             )
         own, update = jnp.asarray(found[place]), jnp.asarray(flat[place])
         if own.shape != update.shape:
-            checks.same_shape(paths.spelled(updates)[place], own, update)
+            raise checks.other_shape(paths.spelled(updates)[place], own, update)
         flat[place] = found[place]
     return jax.tree_util.tree_unflatten(treedef, flat)

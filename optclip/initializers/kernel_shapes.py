@@ -56,6 +56,7 @@ def drawn(
     plain += (inputs,) if layout.inputs or layout.outputs else ()
     plain += (outputs // layout.parts,) if layout.outputs else ()
 
+    # A lambda, because what follows wraps it again under the same name.
     draw: _Draw = lambda key: init(key, plain, drawing_dtype(dtype))  # noqa: E731
     if layout.parts > 1:
         draw = _each(draw, layout.parts)

@@ -179,7 +179,7 @@ def landed(
             continue  # a frozen parameter has no update, or MaskedNode for one
         p, u = member.leaf, jnp.asarray(flat[number])
         if p.shape != u.shape:
-            checks.same_shape(member.path, p, u)
+            raise checks.other_shape(member.path, p, u)
         u = u if resize is None else resize(member, u, own)
         measured = member.set.measure(Sum((p, u)), member.extent)
         u, y = applied(p, u)

@@ -18,10 +18,8 @@ from tests.untyped import untyped
 MUON = optax.contrib.muon(1.0)
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield  # as Optax's Muon needs
+# Optax's Muon needs it too.
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 def draw(seed, layers=1, norm=100.0):

@@ -1,6 +1,5 @@
 """The page on NaN: no bad checkpoint is written, and a run goes back and goes on."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,10 +12,7 @@ from tests import pages
 STEPS = 40
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield  # as a user's program has it
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 @pytest.fixture(scope="module")

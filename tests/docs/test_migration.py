@@ -7,7 +7,6 @@ them, and kept their losses and norms; none of these libraries is needed here.
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,13 +17,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # Losses of up to 2e5 pass through 20 steps of an optimizer, each a few roundings apart.
 RTOL = 2e-4
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
-
-@pytest.fixture(autouse=True)
-def _as_a_reader_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("quickest_compiles", "as_a_reader_has_it")
 
 
 @pytest.mark.parametrize("name", RECORDED)

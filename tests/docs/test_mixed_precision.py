@@ -15,10 +15,7 @@ from tests.untyped import untyped
 X = jax.random.normal(jax.random.key(7), (16, 4))
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield  # as a user's program has it
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The pages to start with. The build of the documentation executes every page."""
 
-import jax
 import pytest
 
 from tests import pages
@@ -13,13 +12,7 @@ PAGES = [
     "start/plain",
 ]
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
-
-@pytest.fixture(autouse=True)
-def _as_a_reader_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("quickest_compiles", "as_a_reader_has_it")
 
 
 @pytest.mark.parametrize("name", PAGES)

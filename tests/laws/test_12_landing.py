@@ -264,7 +264,7 @@ def test_from_outside_two_steps_are_enough(row, dtype):
     if row.public in STARTS or row.lands == "iterative":
         pytest.skip("nothing starts outside it, or its test above starts outside")
     step, _ = _step_of(row.name)
-    params, updates = drawn(3, dtype, jnp.float32, 0.0)
+    params, updates = drawn(3, dtype, dtype, 0.0)
     params = {k: (100 * x).astype(dtype) for k, x in params.items()}
     size = np.float32(0.5)
     for _ in range(2):
