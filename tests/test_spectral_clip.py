@@ -338,7 +338,7 @@ def test_in_parts_inside_shard_map_it_says_so():
     ("options", "says"),
     [
         ({"iterations": 0}, "iterations must be an integer of at least 1, got 0."),
-        ({"soft": "yes"}, "soft must be False or True, got 'yes'."),
+        ({"soft": "yes"}, "soft must be True or False, got 'yes'."),
         ({"nonfinite": "x"}, "nonfinite must be 'propagate' or 'zero', got 'x'."),
         ({"where": "kernle"}, "where must select a leaf, got none of 'w'."),
     ],
