@@ -219,3 +219,16 @@ def test_clipping_weights_costs_nothing_beside_the_optimizer():
     alone = temporary(optax.rmsprop(5e-5))
     chained = optax.chain(optax.rmsprop(5e-5), optclip.clip_weights(0.01))
     assert temporary(chained) <= alone + 1024
+
+
+@DTYPES
+def test_skip_step_keeps_no_copy_of_the_state(dtype: jnp.dtype):
+    """Optax's `apply_if_finite` copies what it chooses: here, both moments."""
+    shapes = {"mlp/down": SHAPES["mlp/down"]}
+
+    def written(tx: optax.GradientTransformation) -> float:
+        return temporary_share(stepping(tx, dtype, shapes), dtype, shapes)
+
+    assert written(optclip.skip_step(optax.adamw(1e-3), 1.0)) < 0.01
+    if jax.default_backend() == "cpu":  # or the measure would be blind
+        assert written(optax.apply_if_finite(optax.adamw(1e-3), 3)) > 0.9

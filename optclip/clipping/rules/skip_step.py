@@ -19,6 +19,7 @@ from optclip._core.measures import Measure, l2, max_abs
 from optclip._core.metrics import SkipMetrics
 from optclip._core.public import error, public
 from optclip._core.types import AxisName, Limit
+from optclip.clipping import state_choice
 from optclip.clipping.clip_by import clip_by
 from optclip.clipping.thresholds import Threshold, as_threshold
 
@@ -89,6 +90,9 @@ def skip_step(
       inner_state/…: what rules within the inner optimizer measured, of the steps that
         were not dropped.
 
+    Cost: a step reads the updates once more than the inner optimizer does, and no array
+    of its state is copied, so it costs what a clip by the global norm costs.
+
     Edge cases: a size at its limit is within it. A NaN limit drops every step until
     `max_consecutive` is reached.
 
@@ -149,14 +153,10 @@ def skip_step(
 
         patient = state.metrics.consecutive_skips < max_consecutive
         skip = ~finite | (high & patient)
-        moved, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        moved = jax.tree.map(
-            lambda u: numerics.choose(skip, jnp.zeros_like(u), u), moved
-        )
-        inner_state = jax.tree.map(  # of any kind, and old and new of any two dtypes
-            lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
+        moved, inner_state = state_choice.unless(
+            skip,
+            lambda: inner.update(updates, state.inner_state, params, **extra_args),
+            state.inner_state,
         )
         counters = _count(state.metrics, skip)
         return moved, SkipState(watched, watched_value, counters, inner_state)
