@@ -110,9 +110,17 @@ def static_bound(bound: ArrayLike, dtype: DTypeLike, toward: float) -> np.ndarra
 
 
 def power_of_two(x: jax.Array, room: int = 0) -> jax.Array:
-    """One near x > 0, times 2^room: dividing by it rounds nothing; 1 near other x."""
+    """The next one above x > 0, times 2^room: dividing by it rounds nothing.
+
+    Cut off where its reciprocal would not be a normal number; 1 for any other x.
+    """
+    info = jnp.finfo(x.dtype)
     x = jax.lax.stop_gradient(x)
-    usable = (x > 0) & jnp.isfinite(x)
-    _, exponent = jnp.frexp(jnp.where(usable, x, 0.5))
-    end = int(jnp.finfo(x.dtype).maxexp) - 3  # its reciprocal is a normal number too
-    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent + room, -end, end))
+    x = jnp.where((x > 0) & jnp.isfinite(x), x, 0.5)
+    # The bits of infinity are those of an exponent. (`jnp.ldexp` gathers on meshes.)
+    mask = np.asarray(np.inf, x.dtype).view(f"uint{info.bits}")
+    exponent = jax.lax.bitcast_convert_type(x, mask.dtype) & mask
+    below = jax.lax.bitcast_convert_type(exponent, x.dtype)  # 0 below normal numbers
+    step, end = 2.0 ** (1 + room), 2.0 ** (int(info.maxexp) - 3)
+    lowest = max(1 / end / step, float(info.smallest_normal))
+    return jnp.clip(below, lowest, end / step) * step
