@@ -205,6 +205,23 @@ def _quotient_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Arr
     return ratio, (d_x - ratio * d_y) / y
 
 
+@jax.custom_jvp
+def at_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x · scale, with the derivative of x.
+
+    A size grows with its elements. Measured at a scale and brought back from it, the
+    two factors cancel in its derivative; alone they would leave float32's range there.
+    """
+    if jnp.iscomplexobj(x):
+        return times(x, scale)
+    return x * scale
+
+
+@at_scale.defjvp
+def _at_scale_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Array]:
+    return at_scale(*primals), tangents[0]
+
+
 def hypot(x: jax.Array, y: jax.Array) -> jax.Array:
     """√(x² + y²) of non-negative numbers, whose derivative squares nothing tiny."""
     large, small = jnp.maximum(x, y), jnp.minimum(x, y)

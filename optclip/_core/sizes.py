@@ -242,7 +242,7 @@ def _reduced(
     else:
         # Together: a barrier on x alone would let XLA widen and scale it once more.
         x, barred = jax.lax.optimization_barrier((x, scale))
-        x = numerics.times(numerics.widen(x, wide), barred)
+        x = numerics.at_scale(numerics.widen(x, wide), barred)
     summands = summand_of(x)
     if not axes:
         return summands
@@ -299,7 +299,7 @@ def _size(
     count: int,
 ) -> jax.Array:
     size = finalize(total, count)
-    return size if scale is None else size / scale
+    return size if scale is None else numerics.at_scale(size, 1 / scale)
 
 
 def _edges(groups: Groups, measure: Measure) -> list[float]:

@@ -105,7 +105,8 @@ def sums_of_squares(
             return jnp.square(part)
         # The minimum changes no sum that is used. Without it XLA would square the scale
         # apart, to infinity or zero, and what is not used would have such derivatives.
-        return jnp.square(jnp.minimum(jnp.abs(part * scale), top))
+        at_scale = numerics.at_scale(part, jnp.asarray(scale, wide))
+        return jnp.square(jnp.minimum(jnp.abs(at_scale), top))
 
     found = []
     for scale in scales(wide):
@@ -125,7 +126,7 @@ def size(
 ) -> jax.Array:
     """The size of a group from its three sums, the first of which holds above edge."""
     plain, up, down = (
-        finalize(total, count) / scale
+        numerics.at_scale(finalize(total, count), jnp.asarray(1 / scale, total.dtype))
         for total, scale in zip(totals, scales(totals[0].dtype), strict=True)
     )
     return jnp.where(jnp.isfinite(plain), jnp.where(plain < edge, up, plain), down)

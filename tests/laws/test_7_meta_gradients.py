@@ -98,6 +98,21 @@ def test_finite_beside_a_leaf_whose_squares_overflow(row):
         assert np.all(np.isfinite(slope))
 
 
+@pytest.mark.parametrize("magnitude", [1e20, 1e-28])
+def test_a_large_cotangent_beside_elements_that_are_measured_at_a_scale(magnitude):
+    """What the loss gives does not meet the scale alone, and leave float32's range."""
+    tree = {"kernel": jnp.array([3.0, 4.0], jnp.float32) * magnitude}
+    weight, limit = 1e17, magnitude / 4
+
+    def total(tree, build=optclip.clip_by_global_norm):
+        return jnp.sum(build(limit).update(tree, None)[0]["kernel"]) * weight
+
+    slope = jax.jit(jax.grad(total))(tree)["kernel"] / weight
+    # limit / size · (1 - direction · (the sum of directions))
+    want = (1 - np.array([0.6, 0.8]) * 1.4) / 20
+    np.testing.assert_allclose(slope, want, rtol=1e-5)
+
+
 @functools.cache
 def derivative_of_stream(name):
     """By a stream of three steps, the first of which gives the parameters."""
