@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optclip as typed
-from tests.laws.trees import on_mesh
 from tests.oracles import projections as oracle
 from tests.untyped import untyped
 
@@ -274,7 +273,7 @@ def test_an_nnx_optimizer_donated(sharded):
         return {"w": normal(4, 6, seed=seed), "experts": normal(2, 3, 4, seed=seed + 9)}
 
     tx = optclip.hyperball(optax.adam(1e-3), RATE, tangent=True)
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         net = Net(tree(0))
         optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
         update = nnx.jit(lambda m, o, g: o.update(m, g) and None, donate_argnums=(0, 1))
@@ -331,7 +330,7 @@ def test_norms_of_sharded_matrices_are_those_of_one_device(axis_type, tangent):
     tx = optclip.hyperball(optax.sgd(1.0), RATE, tangent=tangent)
     want = jax.jit(lambda p, g: stepped(tx, p, g))(experts(0), experts(5))
     mesh = mesh_of(axis_type)
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         arguments = [placed(experts(seed), mesh) for seed in (0, 5)]
         program = jax.jit(lambda p, g: stepped(tx, p, g)).lower(*arguments).compile()
         got = program(*arguments)

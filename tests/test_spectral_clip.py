@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 import optclip
 from tests.laws.collectives import collectives, mesh_of
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 ITERATIONS = pytest.mark.parametrize("iterations", [None, 24], ids=["svd", "products"])
@@ -274,7 +273,7 @@ def test_sharded_matrices(iterations, axis_type, soft):
     placed = {
         p: jax.device_put(x, NamedSharding(mesh, specs[p])) for p, x in tree.items()
     }
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         got, metrics = clipped(placed, 1.0, **options)
     for path, x in want.items():
         np.testing.assert_allclose(got[path], x, atol=1e-5)
@@ -293,7 +292,7 @@ def test_a_stack_that_is_split_over_its_matrices_moves_nothing(
     mesh = mesh_of(axis_type)
     place = NamedSharding(mesh, P(("data", "model")))
     grads = {"kernel": jax.ShapeDtypeStruct((8, 6, 4), jnp.float32, sharding=place)}
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         update = jax.jit(untyped(tx.update)).lower(
             grads, jax.eval_shape(tx.init, grads)
         )

@@ -42,7 +42,7 @@ AxesOf = Callable[[HasPath], MeshAxes | None]
 def varying_axes(x: Any) -> MeshAxes:
     """The manual mesh axes over which a value varies, by its type."""
     aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    # The set moved from `vma` to `manual_axis_type.varying` after jax 0.8.
+    # The set moved from `vma` to `manual_axis_type.varying` after jax 0.9.
     manual = getattr(aval, "manual_axis_type", None)
     axes = manual.varying if manual is not None else getattr(aval, "vma", None) or ()
     return tuple(sorted(axes, key=str))

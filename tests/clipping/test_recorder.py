@@ -22,7 +22,6 @@ import optclip
 from optclip import ClipState, groupings, measures, thresholds
 from optclip._core import numerics
 from tests.laws.collectives import collectives, mesh_of
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -230,7 +229,7 @@ def test_it_sends_nothing_more_under_jit(rule, kind):
     grads = [jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=place)] * 4
 
     def sent(tx: Any) -> list[str]:
-        with on_mesh(mesh):
+        with jax.set_mesh(mesh):
             state = jax.eval_shape(tx.init, grads)
             text = jax.jit(tx.update).lower(grads, state).compile().as_text()
         return kinds_of(text)

@@ -45,7 +45,6 @@ from optclip.initializers import (
     zeros,
 )
 from optclip.initializers import nnx as nnx_door
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -170,15 +169,11 @@ def test_dtypes_are_kept_and_half_precision_is_rounded(dtype):
 
 
 def test_float64_is_drawn_in_float64():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else _x64():
+    with jax.enable_x64(True):
         new = redraw({"kernel": jnp.ones((4, 4), jnp.float64)}, normal(1.0), KEY)
         assert new["kernel"].dtype == jnp.float64
         values = np.asarray(new["kernel"])
         assert (values != values.astype(np.float32)).any()
-
-
-def _x64():
-    return untyped(jax.experimental).enable_x64()
 
 
 def test_containers_and_boxes_are_kept(variables):
@@ -231,7 +226,7 @@ def test_explicit_shardings_are_kept_under_jit(mesh):
     )
     split = NamedSharding(explicit, PartitionSpec(None, "model"))
     tree = {"kernel": jax.device_put(jnp.ones((16, 32)), split)}
-    with on_mesh(explicit):
+    with jax.set_mesh(explicit):
         new = jax.jit(lambda t: redraw(t, normal(1.0), KEY))(tree)["kernel"]
     assert new.sharding.spec == split.spec
 

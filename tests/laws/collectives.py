@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import groupings, thresholds
 from tests.laws.table import ROWS
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 KINDS = (
@@ -116,7 +115,7 @@ def of_update(
         sharding = NamedSharding(mesh, own)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
         tree = {f"{n:02}": {"kernel": placed(kernel)} for n in range(leaves)}
         state = jax.tree.map(placed, jax.eval_shape(tx.init, tree))

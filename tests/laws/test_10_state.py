@@ -19,7 +19,6 @@ import optclip
 from optclip import groupings, thresholds
 from optclip.thresholds import Threshold
 from tests.laws.table import ROWS, projections, rows
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -465,7 +464,7 @@ def test_the_state_lives_in_a_sharded_nnx_optimizer(grouping, axes):
     shapes = {"alpha": {"kernel": (4, 2)}, "beta": {"kernel": (2, 4)}}
     is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
     auto = (jax.sharding.AxisType.Auto,)
-    with on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto)):
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto)):
         ones = jax.tree.map(jnp.ones, shapes, **is_shape)
         place = jax.sharding.PartitionSpec(*axes)
         model = Net(jax.device_put(ones, place), axes)

@@ -32,7 +32,6 @@ from tests.laws.steps import (
     walk,
 )
 from tests.laws.table import rows
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -164,14 +163,9 @@ def test_masked(row):
 
 
 @EVERY
-@pytest.mark.parametrize(
-    "name", [n for n in ("partition", "multi_transform") if hasattr(optax, n)][:1]
-)
-def test_partition(row, name):
-    tx = getattr(optax, name)(
-        {"clip": row.build(1.0), "rest": optax.set_to_zero()},
-        {"alpha": "clip", "beta": "rest"},
-    )
+def test_partition(row):
+    parts = {"clip": row.build(1.0), "rest": optax.set_to_zero()}
+    tx = untyped(optax.partition)(parts, {"alpha": "clip", "beta": "rest"})
     out, _ = tx.update(STREAM[2], tx.init(PARAMS), PARAMS)
     alone, _ = row.build(1.0).update(ALPHA, None, {"alpha": PARAMS["alpha"]})
     assert_within_ulps({"alpha": out["alpha"]}, alone)
@@ -268,10 +262,9 @@ def test_named_chain(row):
 @EVERY
 def test_map_params(row):
     """Adam's moments are mapped with the parameters; of joint groups nothing is."""
-    map_params = getattr(optax.tree, "map_params", None) or optax.tree_map_params
     tx = optax.chain(row.build(1.0), optax.scale_by_adam())
     state = tx.init(PARAMS)
-    mapped = untyped(map_params)(
+    mapped = untyped(optax.tree.map_params)(
         tx, lambda x, p: "moment", state, PARAMS, transform_non_params=lambda x: "rest"
     )
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
@@ -356,7 +349,7 @@ def test_nnx_optimizer(row, sharded):
     mesh = contextlib.nullcontext()
     if sharded:
         auto = (jax.sharding.AxisType.Auto,)
-        mesh = on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
+        mesh = jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
     with mesh:
         start = jax.tree.map(jnp.zeros_like, PARAMS)
         model = untyped(Net(start, axis))
@@ -436,7 +429,7 @@ def test_projections_in_nnx_and_linen(sharded):
     mesh = contextlib.nullcontext()
     if sharded:
         auto = (jax.sharding.AxisType.Auto,)
-        mesh = on_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
+        mesh = jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto))
     tx = optax.chain(optax.scale(-1.0), optclip.project(optclip.sets.max_norm(0.5)))
     with mesh:
         model = Net(jax.tree.map(jnp.copy, PARAMS), axis)

@@ -39,7 +39,6 @@ from tests.laws.meshes import (
     projected,
     unit_clip,
 )
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -342,7 +341,7 @@ def _clip_in(context, measure):
     step = jax.jit(step)
 
     def run(x, limit):
-        with on_mesh(mesh):
+        with jax.set_mesh(mesh):
             return step(jax.device_put(x, NamedSharding(mesh, P("data"))), limit)
 
     return run
@@ -400,7 +399,7 @@ def test_parameters_and_updates_share_a_second_pass(axis_type, learns):
         updates = x | {"a": x["a"].at[:, 3:5].multiply(own)}
         params = y | {"a": y["a"].at[:, 4:6].multiply(of_params)}
         expected = step(updates, params)
-        with on_mesh(mesh):
+        with jax.set_mesh(mesh):
             placed = (placed_on(tree, specs, mesh) for tree in (updates, params))
             result = step(*placed)
         assert_equal(result, expected)
@@ -437,7 +436,7 @@ def test_a_bad_shard_is_counted_everywhere(grouping, context):
     else:
         mesh = mesh_of((8,), AxisType.Auto if context == "auto" else AxisType.Explicit)
         placed = jax.device_put(x, NamedSharding(mesh, P("data")))
-        with on_mesh(mesh):
+        with jax.set_mesh(mesh):
             result = jax.jit(last_step(tx))(placed, placed)
     assert_equal(result, expected)
 
@@ -457,7 +456,7 @@ def test_groups_equally_far_over_show_as_one_number(context):
     else:
         kind = AxisType.Auto if context == "auto" else AxisType.Explicit
         mesh = mesh_of(axis_type=kind)
-        with on_mesh(mesh):
+        with jax.set_mesh(mesh):
             placed = placed_on(tree, specs, mesh)
             result = jax.jit(step)(placed, placed)
     assert_equal(result, expected)
@@ -596,7 +595,7 @@ def test_state_on_a_mesh(case, axis_type):
     tree, expected = _stateful(case)
     mesh = mesh_of((8,), axis_type)
     placed = placed_on(tree, {"a": spec, "b": spec}, mesh)
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         state = tx.init(placed)
         result = jax.jit(lambda u, s: _scanned(tx, s)(u))(placed, state)
     assert_equal(result, expected)

@@ -30,7 +30,6 @@ from tests.laws.meshes import (
     projected,
 )
 from tests.laws.table import projections, rows
-from tests.laws.trees import on_mesh
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
 ROWS = rows(*KINDS)
@@ -82,7 +81,7 @@ def assert_types_stay(function, *arguments):
         for one, other in zip(after, before, strict=False):
             assert one.sharding == other.sharding, (one, other)
 
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         jax.eval_shape(
             traced, *(placed_on(tree, specs, mesh) for tree, specs in arguments)
         )
@@ -104,7 +103,7 @@ def test_jit_on_a_mesh(row, axis_type):
     mesh = mesh_of(axis_type=axis_type)
     specs = EXAMPLE_SPECS if row.batched else SPECS
     updates, params = (placed_on(tree, specs, mesh) for tree in given_to(row))
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         clipped, numbers = jax.jit(last_step_of(row))(updates, params)
     assert_equal((clipped, numbers), _unsharded(row.name))
 
@@ -159,7 +158,7 @@ def test_projections_jitted_on_a_mesh(row, axis_type):
     """Also of sets that sort and factorise; what they send: `tests.projections`."""
     mesh = mesh_of(axis_type=axis_type)
     arguments = (placed_on(tree, SET_SPECS, mesh) for tree in _parameters())
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         out = jax.jit(projected(row.transform(LIMIT)))(*arguments)
     chex.assert_trees_all_close(out, _unsharded_set(row.name), rtol=1e-5, atol=1e-6)
 

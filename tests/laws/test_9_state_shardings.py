@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import groupings, thresholds
 from tests.laws.collectives import collectives, mesh_of
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -144,7 +143,7 @@ def test_linen(name, axis_type):
     def create(params):
         return TrainState.create(apply_fn=None, params=params, tx=tx)
 
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         params = _linen(mesh)
         places = nn.get_sharding(jax.eval_shape(create, params), mesh)
         state = jax.jit(create, out_shardings=places)(params)
@@ -175,7 +174,7 @@ def test_nnx(name, axis_type):
     def values_of(optimizer):
         return nnx.as_pure(optimizer.opt_state)
 
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         abstract = nnx.state(nnx.eval_shape(create))
         places = nnx.get_named_sharding(abstract, mesh)
         jitted = jax.jit(lambda: nnx.state(create()), out_shardings=places)()

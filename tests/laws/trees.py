@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from tests.laws.table import ROWS, Row
 from tests.oracles import fixed
-from tests.untyped import untyped
 
 # Two labels (the first letter), a matrix beside its bias, one alone, and a scalar.
 SHAPES = {"a/bias": (3,), "a/kernel": (4, 3), "b/kernel": (2, 5), "b/temperature": ()}
@@ -79,16 +78,7 @@ def in_x64(dtype: Any) -> contextlib.AbstractContextManager:
     """Enables float64 for float64 leaves, and nothing for others."""
     if np.dtype(dtype) != np.float64:
         return contextlib.nullcontext()
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return untyped(jax.experimental).enable_x64(True)  # its place before jax 0.8
-
-
-def on_mesh(mesh: Any) -> contextlib.AbstractContextManager:
-    """The mesh in scope, by the name that each release has for it."""
-    if hasattr(jax, "set_mesh"):
-        return jax.set_mesh(mesh)
-    return untyped(jax.sharding).use_mesh(mesh)
+    return jax.enable_x64(True)
 
 
 @functools.cache

@@ -14,7 +14,6 @@ import pytest
 
 import optclip
 from optclip import groupings
-from tests.laws.trees import on_mesh
 from tests.oracles import adaptive, fixed
 from tests.untyped import untyped
 
@@ -353,7 +352,7 @@ def test_agc_on_a_mesh(kind, spec):
     want = updated(tx, grads, params)
     types = (getattr(jax.sharding.AxisType, kind),)
     place = jax.sharding.PartitionSpec(*spec)
-    with on_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
         sharded = {"dense/kernel": place, "dense/bias": jax.sharding.PartitionSpec()}
         placed = [
             {path: jax.device_put(x, sharded[path]) for path, x in tree.items()}

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 import optclip
 from optclip import groupings, sets
-from tests.laws.trees import on_mesh
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs a mesh"),
@@ -62,7 +61,7 @@ def on_devices(constraint, tree, specs, axis_type=AxisType.Explicit):
         return tx.update(zeros, tx.init(params), params)[0]
 
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    with on_mesh(mesh):
+    with jax.set_mesh(mesh):
         placed = jax.tree.map(
             lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
         )

@@ -18,7 +18,7 @@ from flax import nnx
 
 import optclip
 from optclip import groupings, thresholds
-from tests.laws.trees import in_x64, on_mesh
+from tests.laws.trees import in_x64
 from tests.oracles import adaptive
 from tests.untyped import untyped
 
@@ -632,7 +632,7 @@ def test_shards_learn_what_the_whole_would(rule, grouping):
         return step_by_step(tx, stream)[1]
 
     auto = (jax.sharding.AxisType.Auto,)
-    with on_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
         mapped = jax.shard_map(run, in_specs=(specs,), out_specs=specs)
         outs = jax.device_get(jax.jit(mapped)(stream))
     chex.assert_trees_all_close(outs, want, rtol=1e-5)

@@ -210,10 +210,8 @@ def loss(params, example, over=()):
 
 
 def varying(tree, axis):
-    """Typed as different on each device along the axis, as newer releases call it."""
-    if hasattr(jax.lax, "pcast"):
-        return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
-    return jax.tree.map(lambda x: untyped(jax.lax).pvary(x, axis), tree)
+    """Typed as different on each device along the axis."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
 
 
 def by_clip_by(grads, clip, axis_name=None):

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec
 
 import optclip
 from optclip import thresholds
-from tests.laws.trees import on_mesh
 from tests.untyped import untyped
 
 pytestmark = pytest.mark.usefixtures("quickest_compiles")
@@ -524,7 +523,7 @@ def test_shards_decide_together(bad):
         return out, good, skips, state.inner_state[0].count
 
     auto = (jax.sharding.AxisType.Auto,)
-    with on_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
         out, good, skips, count = jax.jit(
             jax.shard_map(
                 two_steps,
@@ -548,7 +547,7 @@ def test_shards_decide_together(bad):
 def test_under_jit_on_a_mesh(kind):
     """Shardings of the inner state stay, on dropped steps too."""
     types = (getattr(jax.sharding.AxisType, kind),)
-    with on_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=types)):
         params = {"w": jax.device_put(jnp.ones(16), PartitionSpec("data"))}
         tx = untyped(optclip.skip_step(optax.adam(0.1), 10.0))
         state = tx.init(params)
