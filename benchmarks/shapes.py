@@ -102,14 +102,12 @@ def large(scale: float = 1.0) -> dict[str, Shape]:
 
 
 def perceptron(scale: float = 1.0) -> dict[str, Shape]:
-    """An embedding and two layers: few leaves to compile, for a quick look."""
+    """An embedding and a layer: few leaves to compile, for a quick look."""
     width = _scaled(768, scale)
     return {
         "token/embedding": (_scaled(50257, scale, 1), width),
         "up/kernel": (width, 4 * width),
         "up/bias": (4 * width,),
-        "down/kernel": (4 * width, width),
-        "norm/scale": (width,),
     }
 
 

@@ -231,7 +231,7 @@ def test_quick_has_every_context_on_few_leaves():
     entries = contexts.programme(chosen)
     assert {entry.about["context"] for entry in entries} == set(contexts.CONTEXTS)
     for entry in entries:
-        assert len(shapes.SETS[entry.about["shapes"]](chosen.scale)) <= 5
+        assert len(shapes.SETS[entry.about["shapes"]](chosen.scale)) <= 3
         assert entry.rounds <= 2
 
 
