@@ -64,7 +64,7 @@ def normal(shapes: Shapes, dtype: Any, seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
-def with_jax(function: Callable[..., Any], arrays: Arrays, own: Any) -> Contestant:
+def with_jax(function: Callable[..., Any], arrays: Arrays, own: Any = ()) -> Contestant:
     """`function(tree, own, limit, fixed)` to the next tree and own, in place.
 
     Compiled ahead of time with cold caches, so that its seconds can be compared.
@@ -119,7 +119,7 @@ def rewriting(arrays: Arrays) -> Contestant:
         nearly_one = 1 - 1e-3 * limit  # nothing is to fall below what clips it
         return jax.tree.map(lambda x: x * nearly_one.astype(x.dtype), tree), own
 
-    return with_jax(write, arrays, ())
+    return with_jax(write, arrays)
 
 
 # The clip alone.
@@ -224,6 +224,25 @@ def optimizing(
         return (optax.apply_updates(params, updates), state), clips
 
     return with_jax(update, arrays, start)
+
+
+def within_wrapper(wrapper: optax.GradientTransformation, arrays: Arrays) -> Contestant:
+    """Step, apply: the optimizer is within one that keeps its state `inner_state`.
+
+    That state goes from hand to hand, as in `optimizing`.
+    """
+    params, _ = arrays.tree
+    start: Any = jax.jit(wrapper.init)(params)
+    update_whole: Callable[..., Any] = wrapper.update
+
+    def update(tree: Any, own: Any, limit: jax.Array, grads: Any) -> Any:
+        params, state = tree
+        whole = own._replace(inner_state=state)
+        updates, after = update_whole(grads, whole, params)
+        stepped = optax.apply_updates(params, updates), after.inner_state
+        return stepped, after._replace(inner_state=())
+
+    return with_jax(update, arrays, start._replace(inner_state=()))
 
 
 def keras_sgd(arrays: Arrays) -> Contestant:

@@ -1,13 +1,9 @@
-"""What the numbers say: the terminal's table, a page's table, the file, the picture.
-
-python -m benchmarks.report      the pages' tables, from the committed numbers
-"""
+"""What the numbers say: the terminal's table, the file, the picture."""
 
 import json
 import pathlib
 import platform
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -78,44 +74,108 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-REFERENCE = {"learned": "clip_by_global_norm", "sgd": "alone", "adamw": "alone"}
+REFERENCE = {
+    "learned": "clip_by_global_norm",
+    "sgd": "alone",
+    "adamw": "alone",
+    "skip": "alone",
+    "projections": "alone",
+}
+LEGEND = """\
+time         of a call, the median; quartiles beside it
+rate         bytes of the tree (gradients or parameters) over the time
+/floor       over the time to read the tree as often as the rule must and rewrite it
+             once (`floor: read` and `floor: rewrite`), in the same rounds
+/reference   over optclip, in the same rounds; in the context learned over
+             clip_by_global_norm, beside an optimizer over the optimizer alone
+/by hand     over the same in a line of JAX each, in the same rounds
+temporary    bytes that the program allocates and frees, of those of the tree
+compile      to trace and compile the program; what is timed in the context compile"""
+WIDTHS = {
+    "time": 10,
+    "quartiles": 18,
+    "rate": 11,
+    "/floor": 8,
+    "/reference": 12,
+    "/by hand": 10,
+    "temporary": 11,
+    "compile": 9,
+}
 
 
 def terminal(results: Results) -> str:
-    """Everything measured, a line a contestant."""
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    lines = [f"{results['device']}; {versions}; scale {results['scale']}"]
-    heads = (
-        "ms",
-        "quartiles",
-        "tree GB/s",
-        "/floor",
-        "/reference",
-        "temp %",
-        "trace+compile",
-    )
-    lines.append(f"{'':64}" + "".join(f"{head:>16}" for head in heads))
+    """Everything measured, a line a contestant, and what the columns mean."""
+    lines = [f"{results['device']}; scale {results['scale']}"]
+    lines += [
+        f"{', '.join(contexts)}: {date}, {releases(versions)}"
+        for contexts, date, versions in measured(results)
+    ]
+    heads = "".join(f"{head:>{width}}" for head, width in WIDTHS.items())
+    race = ""
     for line in results["records"]:
-        key = f"{line['shapes']} {line['dtype']} {line['context']} {line['rule']}"
-        over, seconds = line["over"], line["seconds"]
-        reference = over.get(REFERENCE.get(line["context"], "optclip"))
-        low, high = line["quartiles"]
-        timed = line["context"] != "compile"  # of the program, not of its compiler
-        cells = [
-            f"{1e3 * seconds:.2f}",
-            f"{1e3 * low:.1f}–{1e3 * high:.1f}",
-            f"{line['tree_bytes'] / seconds / 1e9:.1f}" if timed else "",
-            f"{over['floor'][1]:.2f}" if "floor" in over else "",
-            f"{reference[1]:.2f}" if reference else "",
-        ]
-        if "temporary_bytes" in line:
-            share = 100 * line["temporary_bytes"] / line["tree_bytes"]
-            both = line["trace_seconds"] + line["compile_seconds"]
-            cells += [f"{share:.2f}", f"{both:.2f} s"]
-        lines.append(
-            f"{key[:38]:38} {line['name'][:25]:25}" + "".join(f"{c:>16}" for c in cells)
-        )
-    return "\n".join(lines)
+        words = (line[key] for key in ("shapes", "dtype", "context", "rule"))
+        key = " ".join(word for word in words if word != "-")
+        if key != race:
+            lines += ["", f"{key:48}{heads}"]
+        race = key
+        cells = zip(_cells(line), WIDTHS.values(), strict=True)
+        row = "".join(f"{cell:>{width}}" for cell, width in cells)
+        lines.append(f"  {line['name']:46}{row}".rstrip())
+    return "\n".join([*lines, "", LEGEND])
+
+
+def _cells(line: dict[str, Any]) -> list[str]:
+    """Of one contestant, column by column."""
+    over, seconds = line["over"], line["seconds"]
+    reference = REFERENCE.get(line["context"], "optclip")
+    timed = line["context"] != "compile"  # of the program, not of its compiler
+    cells = [
+        in_units(seconds, "s"),
+        " – ".join(in_units(x, "s") for x in line["quartiles"]),
+        in_units(line["tree_bytes"] / seconds, "B/s") if timed else "",
+    ]
+    for other in ("floor", reference, "by hand"):
+        cells.append(f"{over[other][1]:.2f}" if other in over else "")
+    if "temporary_bytes" not in line:
+        return [*cells, "", ""]
+    both = line["trace_seconds"] + line["compile_seconds"]
+    return [*cells, temporary(line), in_units(both, "s")]
+
+
+UNITS = [(1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ")]
+
+
+def in_units(value: float, unit: str) -> str:
+    """Three digits, with the prefix that leaves one to three before the point."""
+    large = (entry for entry in UNITS if value >= 0.9995 * entry[0])
+    power, prefix = next(large, UNITS[-1])
+    number = value / power
+    digits = 2 if number < 9.995 else 1 if number < 99.95 else 0
+    return f"{number:.{digits}f} {prefix}{unit}"
+
+
+def temporary(line: dict[str, Any]) -> str:
+    """The temporary bytes in percent of the tree's."""
+    return f"{100 * line['temporary_bytes'] / line['tree_bytes']:.2f} %"
+
+
+def releases(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def measured(results: Results) -> list[tuple[list[str], str, dict[str, str]]]:
+    """Which contexts were measured on which date, with which releases."""
+    found: list[tuple[list[str], str, dict[str, str]]] = []
+    for line in results["records"]:
+        own = results | line.get("measured", {})
+        for contexts, *rest in found:
+            if rest == [own["date"], own["versions"]]:
+                if line["context"] not in contexts:
+                    contexts.append(line["context"])
+                break
+        else:
+            found.append(([line["context"]], own["date"], own["versions"]))
+    return found
 
 
 def find(results: Results, **wanted: str) -> dict[str, Any] | None:
@@ -126,97 +186,16 @@ def find(results: Results, **wanted: str) -> dict[str, Any] | None:
     return None
 
 
-def table(results: Results) -> str:
-    """A page's table of one device: ratios, medians and in brackets quartiles."""
-    of_model = [line for line in results["records"] if line["shapes"] == "gpt2"]
-    dtypes = list(dict.fromkeys(line["dtype"] for line in of_model))
-    heads = [f"GPT-2 124M on {results['device']}", *dtypes]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for label, wanted, other in _rows():
-        cells = [
-            _cell(find(results, shapes="gpt2", dtype=dtype, **wanted), other)
-            for dtype in dtypes
-        ]
-        if any(cells):
-            lines.append(f"| {' | '.join([label, *cells])} |")
-    shares = [_largest_temporary(results, dtype) for dtype in dtypes]
-    lines.append(f"| {' | '.join([_TEMPORARY, *shares])} |")
-    for shapes, what in (("small", "1000 leaves"), ("equal", "400 leaves")):
-        line = find(results, shapes=shapes, context="compile", name="optclip")
-        if line:
-            label = f"`{line['rule']}` of {what}: trace and compile, over Optax"
-            empty = [""] * (len(dtypes) - 1)
-            lines.append(f"| {' | '.join([label, _cell(line, 'optax'), *empty])} |")
-    return "\n".join(lines)
-
-
-def _rows() -> Iterator[tuple[str, dict[str, str], str]]:
-    """A label, the record that it speaks of, and with whom that is compared."""
-    for rule in ("clip_by_global_norm", "adaptive_grad_clip"):
-        wanted = {"context": "alone", "rule": rule, "name": "optclip"}
-        yield f"`{rule}` over its floor", wanted, "floor"
-    for peer in ("optax", "torch"):
-        for rule in (
-            "clip_by_global_norm",
-            "clip_by_block_rms",
-            "clip_by_value",
-            "adaptive_grad_clip",
-        ):
-            wanted = {"context": "alone", "rule": rule, "name": peer}
-            yield f"{_NAMES[peer]}'s `{rule}` over ours", wanted, "optclip"
-    for rule in ("clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"):
-        name = f"optclip {rule}"
-        wanted = {"context": "adamw", "name": name}
-        yield f"`{rule}` + AdamW over AdamW alone", wanted, "alone"
-        wanted = {"context": "adamw", "name": f"optax {rule}"}
-        yield f"Optax's `{rule}` + AdamW over ours", wanted, name
-    wanted = {"context": "sgd", "name": "keras global_clipnorm"}
-    ours = "optclip clip_by_global_norm"
-    yield "Keras' SGD with `global_clipnorm` over ours", wanted, ours
-    for rule in ("autoclip", "zclip", "adagc", "spike_clip"):
-        wanted = {"context": "learned", "name": rule}
-        yield f"`{rule}` over `clip_by_global_norm`", wanted, "clip_by_global_norm"
-    wanted = {"context": "learned", "name": "clip_by_global_norm"}
-    yield "metrics kept over metrics discarded", wanted, "without metrics"
-
-
-_TEMPORARY = "temporary bytes, the largest of these rules, of the gradients'"
-
-
-def _largest_temporary(results: Results, dtype: str) -> str:
-    """In percent; beside an optimizer, its own would count."""
-    shares = [
-        line["temporary_bytes"] / line["tree_bytes"]
-        for line in results["records"]
-        if line["shapes"] == "gpt2" and line["dtype"] == dtype
-        if line["context"] == "alone" and line["name"] == "optclip"
-    ]
-    return f"{100 * max(shares):.2f} %" if shares else ""
-
-
-_NAMES = {"optax": "Optax", "torch": "PyTorch"}
-
-
-def _cell(line: dict[str, Any] | None, other: str) -> str:
-    if line is None or other not in line["over"]:
-        return ""
-    low, middle, high = line["over"][other]
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-
-
 def draw(results: Results, path: pathlib.Path) -> None:
     """Times of a call: over the floor of the same rounds, and in milliseconds."""
-    timed = [line for line in results["records"] if line["context"] != "compile"]
+    timed = [line for line in results["records"] if line["context"] == "alone"]
     dtypes = list(dict.fromkeys(line["dtype"] for line in timed))
     shapes = timed[0]["shapes"]
     figure = Figure(figsize=(12, 3.6 * len(dtypes)), layout="constrained")
     axes = figure.subplots(len(dtypes), 2, squeeze=False)
     for (left, right), dtype in zip(axes, dtypes, strict=True):
         alone = [
-            line
-            for line in results["records"]
-            if (line["shapes"], line["dtype"], line["context"])
-            == (shapes, dtype, "alone")
+            line for line in timed if (line["shapes"], line["dtype"]) == (shapes, dtype)
         ]
         rules = list(dict.fromkeys(line["rule"] for line in alone))
         places = np.arange(len(rules))
@@ -243,8 +222,8 @@ def draw(results: Results, path: pathlib.Path) -> None:
             axis.set_xticks(places, rules, rotation=20, ha="right")
             axis.grid(axis="y", alpha=0.3)
             axis.legend(fontsize="small", ncols=2)
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    figure.suptitle(f"{results['device']}; {versions}", fontsize="medium")
+    heading = f"{results['device']}; {releases(results['versions'])}"
+    figure.suptitle(heading, fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
@@ -275,8 +254,8 @@ def draw_races(results: Results, path: pathlib.Path) -> None:
         axis.tick_params(axis="y", labelsize="small")
     for axis in axes[len(races) :]:
         axis.set_visible(False)
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    figure.suptitle(f"{results['device']}; {versions}", fontsize="medium")
+    heading = f"{results['device']}; {releases(results['versions'])}"
+    figure.suptitle(heading, fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
@@ -288,20 +267,36 @@ def passes(rule: str) -> int:
 def save(results: Results) -> None:
     """Into benchmarks/results, named by the device."""
     kind = re.sub(r"\W+", "-", results["device"].lower()).strip("-")
-    path = ROOT / "results" / f"speed-{kind}"
-    path.with_suffix(".json").write_text(to_json(results))
-    draw(results, path.with_suffix(".png"))
+    path = ROOT / "results" / f"speed-{kind}.json"
+    if path.exists():
+        results = merged(read(path), results)
+    path.write_text(to_json(results))
+    if any(line["context"] == "alone" for line in results["records"]):
+        draw(results, path.with_suffix(".png"))
 
 
-def tables() -> str:
-    """The pages' tables, one a device, from the committed numbers."""
-    return "\n\n".join(table(json.loads(path.read_text())) for path in committed())
+def merged(old: Results, new: Results) -> Results:
+    """The old numbers, but those of the contexts that were measured again.
+
+    Where the date, the releases or the rounds are others than those of the old numbers,
+    each new record says its own, as `measured`.
+    """
+    renewed = {line["context"] for line in new["records"]}
+    kept = [line for line in old["records"] if line["context"] not in renewed]
+    if not kept:
+        return new
+    if old["scale"] != new["scale"]:
+        raise ValueError(f"scale must be {old['scale']}, got {new['scale']}.")
+    about = ("date", "versions", "rounds")
+    other = {key: new[key] for key in about if new[key] != old[key]}
+    added = [line | {"measured": other} if other else line for line in new["records"]]
+    return old | {"records": kept + added}
+
+
+def read(path: pathlib.Path) -> Results:
+    return json.loads(path.read_text())
 
 
 def committed() -> list[pathlib.Path]:
-    """The files of numbers, one a device."""
+    """The files of numbers, one a CPU."""
     return sorted((ROOT / "results").glob("speed-*.json"))
-
-
-if __name__ == "__main__":
-    print(tables())

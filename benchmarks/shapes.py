@@ -101,6 +101,29 @@ def large(scale: float = 1.0) -> dict[str, Shape]:
     return {"kernel": (width, width)}
 
 
+def perceptron(scale: float = 1.0) -> dict[str, Shape]:
+    """An embedding and a layer: few leaves to compile, for a quick look."""
+    width = _scaled(768, scale)
+    return {
+        "token/embedding": (_scaled(50257, scale, 1), width),
+        "up/kernel": (width, 4 * width),
+        "up/bias": (4 * width,),
+    }
+
+
+def matrix(scale: float = 1.0) -> dict[str, Shape]:
+    """One matrix, for what sorts or factorises it."""
+    width = _scaled(1024, scale)
+    return {"kernel": (width, width)}
+
+
+def attention(scale: float = 1.0) -> dict[str, Shape]:
+    """Queries and keys of one layer with heads of 64 features."""
+    width = _scaled(1024, scale)
+    kernel = (width, width // 64, 64)
+    return {f"attention/{name}/kernel": kernel for name in ("query", "key")}
+
+
 SETS = {
     "gpt2": gpt2,
     "gpt2-xl": gpt2_xl,
@@ -109,6 +132,9 @@ SETS = {
     "small": small,
     "equal": equal,
     "large": large,
+    "perceptron": perceptron,
+    "matrix": matrix,
+    "attention": attention,
 }
 
 

@@ -7,6 +7,7 @@ what is reported is their median with its quartiles.
 
 import random
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ def race(
     rounds: int,
     warm_up: int = WARM_UP,
     limit: float = 0.5,
+    after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timed]:
     """Their seconds over some rounds, after a warm-up."""
     own = {name: contestant.own for name, contestant in contestants.items()}
@@ -48,6 +50,7 @@ def race(
             took = time.perf_counter() - start
             if number >= warm_up:
                 seconds[name].append(took)
+        after_round()
     return {
         name: Timed(np.array(took), contestants[name].compiled)
         for name, took in seconds.items()

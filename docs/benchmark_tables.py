@@ -13,29 +13,43 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-from benchmarks import report, spikes
+from benchmarks import page_table, report, spikes
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 PEERS = {"optax": "Optax", "torch": "PyTorch"}
 
 
 class Job(NamedTuple):
-    """The same work on a CPU (a rule in a context) and on an accelerator (a race)."""
+    """The same work on a CPU (a race of a context) and on an accelerator (a race).
+
+    Attributes:
+      label: what it is.
+      cpu: which records of `python -m benchmarks`.
+      names: of them, by whose they are.
+      race: the accelerator's, or "" where it has none.
+      racers: of that race, by whose they are.
+    """
 
     label: str
     cpu: dict[str, str]
+    names: dict[str, str]
     race: str
-    racers: dict[str, str]  # by whose it is
+    racers: dict[str, str]
+
+
+LIBRARIES = {name: name for name in ("optclip", *PEERS)}
 
 
 def jobs() -> list[Job]:
     found = []
     for dtype in ("float32", "bfloat16"):
-        alone = {"shapes": "gpt2", "dtype": dtype, "context": "alone"}
+        own = {"shapes": "gpt2", "dtype": dtype}
+        alone = own | {"context": "alone"}
         found.append(
             Job(
                 f"`clip_by_global_norm`, {dtype}",
                 alone | {"rule": "clip_by_global_norm"},
+                LIBRARIES,
                 f"one gigabyte, {dtype}",
                 {x: f"{x}.clip_by_global_norm, clips" for x in ("optclip", "optax")},
             )
@@ -43,18 +57,30 @@ def jobs() -> list[Job]:
         for rule in ("clip_by_block_rms", "adaptive_grad_clip"):
             racers = {x: f"{x}.{rule}" for x in ("optclip", "optax")}
             race = f"other rules, GPT-2 124M, {dtype}"
-            found.append(
-                Job(f"`{rule}`, {dtype}", alone | {"rule": rule}, race, racers)
-            )
+            cpu = alone | {"rule": rule}
+            found.append(Job(f"`{rule}`, {dtype}", cpu, LIBRARIES, race, racers))
         racers = {
             "optclip": "optclip clip + adamw",
             "optax": "optax clip + adamw",
             "torch": "torch clip + fused adamw",
         }
-        before = {"shapes": "gpt2", "dtype": dtype, "context": "adamw", "rule": "-"}
-        race = f"AdamW, GPT-2 124M, {dtype}"
-        label = f"`clip_by_global_norm` and AdamW, {dtype}"
-        found.append(Job(label, before, race, racers))
+        found.append(
+            Job(
+                f"`clip_by_global_norm` and AdamW, {dtype}",
+                own | {"context": "adamw"},
+                {x: f"{x} clip_by_global_norm" for x in ("optclip", "optax")},
+                f"AdamW, GPT-2 124M, {dtype}",
+                racers,
+            )
+        )
+        names = {"optclip": "optclip skip_step", "optax": "optax apply_if_finite"}
+        label = f"`skip_step` around AdamW (Optax: `apply_if_finite`), {dtype}"
+        found.append(Job(label, own | {"context": "skip"}, names, "", {}))
+        names = {"optclip": "project_params", "optax": "optax"}
+        for rule in ("box", "l2_ball"):
+            label = f"AdamW, then `project_params` on `{rule}`, {dtype}"
+            cpu = own | {"context": "projections", "rule": rule}
+            found.append(Job(label, cpu, names, "", {}))
     return found
 
 
@@ -64,7 +90,10 @@ def read(pattern: str) -> list[dict[str, Any]]:
 
 
 def side_by_side() -> str:
-    """Our milliseconds, and how many times longer each peer takes, by machine."""
+    """Our milliseconds, and how many times longer each peer takes, by machine.
+
+    Work that no machine has timed is left out.
+    """
     machines = read("speed-*.json") + read("accelerator-*.json")
     header, rows = ["what"], [[job.label] for job in jobs()]
     for machine in machines:
@@ -76,26 +105,26 @@ def side_by_side() -> str:
             for peer in PEERS:
                 other = seconds.get(peer)
                 row.append(f"{other / own:.2f}" if own and other else "–")
-    return table(header, rows)
+    return table(header, [row for row in rows if {*row[1:]} != {"–"}])
 
 
 def _on_cpu(machine: dict[str, Any], job: Job) -> dict[str, float]:
     """Seconds by whose; a peer's from the ratio, which is taken within rounds."""
-    behind = " clip_by_global_norm" if job.cpu["context"] == "adamw" else ""
-    own = report.find(machine, **job.cpu, name=f"optclip{behind}")
+    own = report.find(machine, **job.cpu, name=job.names["optclip"])
     if own is None:
         return {}
     seconds = {"optclip": own["seconds"]}
     for peer in PEERS:
-        other = report.find(machine, **job.cpu, name=f"{peer}{behind}")
+        name = job.names.get(peer, "")
+        other = report.find(machine, **job.cpu, name=name)
         if other is not None:
-            seconds[peer] = own["seconds"] * other["over"][f"optclip{behind}"][1]
+            seconds[peer] = own["seconds"] * other["over"][job.names["optclip"]][1]
     return seconds
 
 
 def _raced(machine: dict[str, Any], job: Job) -> dict[str, float]:
     lines = {line["name"]: line for line in machine["races"].get(job.race, ())}
-    own = lines.get(job.racers["optclip"])
+    own = lines.get(job.racers.get("optclip", ""))
     if own is None:
         return {}
     seconds = {"optclip": own["seconds"]}
@@ -134,10 +163,15 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def machines() -> str:
-    """Each machine with the date and the releases."""
+    """Each machine with the date and the releases, of some contexts if they differ."""
     rows = []
-    for result in read("speed-*.json") + read("accelerator-*.json"):
-        releases = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    for result in read("speed-*.json"):
+        parts = report.measured(result)
+        for contexts, date, versions in parts:
+            of = f": {', '.join(contexts)}" if len(parts) > 1 else ""
+            rows.append([f"{result['device']}{of}", date, report.releases(versions)])
+    for result in read("accelerator-*.json"):
+        releases = report.releases(result["versions"])
         rows.append([result["device"], result["date"], releases])
     return table(["machine", "measured on", "releases"], rows)
 
@@ -172,7 +206,7 @@ def write(docs: pathlib.Path) -> None:
         "side_by_side": side_by_side(),
         "machines": machines(),
         "races": races(),
-        "cpu": "\n\n".join(report.table(result) for result in read("speed-*.json")),
+        "cpu": page_table.tables(),
         "spikes": spikes.table(spikes.load()),
         "soak": soak(),
     }
