@@ -16,24 +16,27 @@ from optclip._core import numerics
 
 
 def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Real numbers of x's dtype that a narrower one holds too; finite stays finite.
+    """Real numbers in a dtype that may be narrower; finite stays finite.
 
     Compilers may skip a cast to half precision that is followed by one back. They may
-    not skip `reduce_precision`, which takes subnormal numbers for zero: XLA flushes
-    those of float32 and bfloat16 as well, but float16 widened keeps its own.
+    not skip one of integers, or `reduce_precision`, which takes subnormal numbers for
+    zero: XLA flushes those of float32 as well, but float16 widened keeps its own.
     """
     info = jnp.finfo(dtype)
     if info.bits >= jnp.finfo(x.dtype).bits:
         return x
+    if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        return numerics.narrow(x, dtype)
     if info.nexp >= 8:  # as float32, so that only its last few numbers overflow
-        return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+        return jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
     top = float(info.max)
     x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -top, top))
     spacing = float(info.smallest_subnormal)
     subnormal = jnp.round(x / spacing) * spacing
     # One exponent more, because types without infinity use the last one for numbers.
     normal = jax.lax.reduce_precision(x, info.nexp + 1, info.nmant)
-    return jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
+    found = jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
+    return found.astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -50,7 +53,9 @@ def neighbour(x: jax.Array, dtype: DTypeLike, upward: jax.Array) -> jax.Array:
     bits = bits + jnp.where((x > 0) == upward, one, -one)
     stepped = jax.lax.bitcast_convert_type(bits, x.dtype)
     edge = float(info.smallest_normal)
-    step = jnp.asarray(edge if info.nexp >= 8 else info.smallest_subnormal, x.dtype)
+    if info.nexp >= 8:  # subnormal numbers are zero
+        return jnp.where(x == 0, jnp.where(upward, edge, -edge), stepped)
+    step = jnp.asarray(info.smallest_subnormal, x.dtype)
     return jnp.where(jnp.abs(x) <= edge, x + jnp.where(upward, step, -step), stepped)
 
 
@@ -65,7 +70,9 @@ def _neighbour_jvp(
 
 def rounded_towards(x: jax.Array, dtype: DTypeLike, upward: jax.Array) -> jax.Array:
     """As `rounded`, but up or down."""
-    nearest = rounded(x, dtype)
+    if x.dtype == dtype:
+        return x
+    nearest = rounded(x, dtype).astype(x.dtype)
     missed = jnp.where(upward, nearest < x, nearest > x)
     return jnp.where(missed, neighbour(nearest, dtype, upward), nearest)
 

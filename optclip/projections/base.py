@@ -34,11 +34,16 @@ T = TypeVar("T")
 ExtentOf = Callable[[str, jax.Array, Shapes], "Extent"]
 
 
-class Sum(NamedTuple):
+@dataclasses.dataclass
+class Sum:
     """The sum of a parameter and its update, which need not be in memory.
 
     XLA computes it once in the loop that measures and once in the loop that writes, if
     nothing joins the two; so each call of `value` computes it anew.
+
+    Attributes:
+      terms: its arrays. What measures it may replace the last one by an equal one that
+        lies in memory: what projects then reads that.
     """
 
     terms: tuple[jax.Array, ...]
@@ -48,12 +53,10 @@ class Sum(NamedTuple):
 
         A second one, `after` what a first was reduced to, shares no copy with it.
         """
-        if len(self.terms) == 1:
-            return self.terms[0]
         terms, _ = jax.lax.optimization_barrier((self.terms, after))
-        wide = np.dtype(np.float32)
-        for term in terms:  # NumPy's promotion: JAX's strict one would refuse
-            wide = np.promote_types(wide, term.dtype)
+        # NumPy's promotion: JAX's strict one would refuse.
+        dtypes = [np.dtype(np.float32), *(term.dtype for term in terms)]
+        wide = functools.reduce(np.promote_types, dtypes)
         return functools.reduce(jnp.add, [term.astype(wide) for term in terms])
 
 
@@ -101,7 +104,9 @@ class Set(Part):
         self, x: jax.Array, extent: object, memory: jax.Array | None = None
     ) -> jax.Array:
         """The nearest point to an array that is in memory anyway."""
-        return self.project(x, self.measure(Sum((x,)), extent), memory)
+        total = Sum((x,))
+        measured = self.measure(total, extent)
+        return self.project(total.terms[-1], measured, memory)
 
     def holds(
         self, x: jax.Array, extent: object, memory: jax.Array | None = None

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from optclip._core import checks, meshes, paths
 from optclip._core.public import error, public
-from optclip._core.rounding import bound_towards, static_bound
+from optclip._core.rounding import bound_towards, rounded, static_bound
 from optclip._core.types import AxisName, Radius, Shapes
 from optclip.projections.base import Set, as_it_is, bound_array, not_real
 from optclip.projections.radii import broadcasts, by_path
@@ -218,7 +218,10 @@ def _interval(ends_of: Callable[[str], tuple[Bound, Bound]]) -> Set:
 
     def project(x: jax.Array, interval: Interval, memory: None) -> jax.Array:
         # A set that joins this one to another may ask for a wider dtype.
-        return jnp.clip(x, *(bound.astype(x.dtype) for bound in interval))
+        wide = np.promote_types(x.dtype, np.float32)
+        w, lower, upper = (y.astype(wide) for y in (x, *interval))
+        nearest = jnp.where(w < lower, lower, jnp.where(w > upper, upper, w))
+        return rounded(nearest, x.dtype)
 
     def contains(x: jax.Array, interval: Interval, memory: None) -> jax.Array:
         lower, upper = (bound.astype(x.dtype) for bound in interval)

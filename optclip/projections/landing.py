@@ -37,13 +37,12 @@ def applied(p: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
         settled, moved = (jax.lax.complex(*pair) for pair in zip(*parts, strict=True))
         return settled, moved
     if jnp.finfo(u.dtype).bits < 32:
-        u = rounded(u.astype(jnp.float32), u.dtype).astype(u.dtype)
+        u = rounded(u.astype(jnp.float32), u.dtype)
     else:
-        # A product that ends in a clamp cannot melt into the sum that follows.
-        largest = jnp.asarray(jnp.finfo(u.dtype).max, u.dtype)
-        u = jnp.where(jnp.isinf(u), u, jnp.clip(u, -largest, largest))
+        # A product that ends in a choice cannot melt into the sum that follows.
+        u = jnp.where(u < float(jnp.finfo(u.dtype).min), -jnp.inf, u)
     wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
-    return u, rounded(p.astype(wide) + u.astype(wide), p.dtype).astype(p.dtype)
+    return u, rounded(p.astype(wide) + u.astype(wide), p.dtype)
 
 
 def steered(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
@@ -58,21 +57,16 @@ def steered(p: jax.Array, u: jax.Array, y: jax.Array, target: jax.Array) -> jax.
             steered(p.imag, u.imag, y.imag, target.imag),
         )
     wide = np.promote_types(np.promote_types(p.dtype, u.dtype), np.float32)
-    start, y, goal = p.astype(wide), y.astype(wide), target.astype(wide)
-
-    # A difference too large for one update takes two.
-    info = jnp.finfo(u.dtype)
-    difference = jnp.clip(goal - start, float(info.min), float(info.max))
-    step, upward = rounded(difference, u.dtype), goal > y
-    at = rounded(start + step, p.dtype)
+    start, kept, y, goal = (x.astype(wide) for x in (p, u, y, target))
+    step, upward = rounded(goal - start, u.dtype).astype(wide), goal > y
+    at = start + step  # if this is not short, rounded to p's dtype it is not either
     short = jnp.where(upward, at < goal, at > goal)
+    # From outside of what keeps away from zero, as a lower bound above it does, the
+    # next step may lead far beyond; the second one lands exactly.
+    short &= ((step > 0) != upward) | ((goal > 0) != upward)
     step = jnp.where(short, neighbour(step, u.dtype, upward), step)
-    # Where the target is finer than p's own spacing, a step may lead far beyond it. If
-    # zero is nearer and on the way, it can be reached from everywhere; and it is within
-    # any convex set that p and target are in, or that shrinks its points towards zero.
-    at, side = rounded(start + step, p.dtype), jnp.sign(goal)
-    passes_zero = (side * jnp.sign(start) < 0) | (side * jnp.sign(at) < 0)
-    far = jnp.abs(at - goal) > jnp.abs(goal)
-    to_zero = rounded(-start, u.dtype)
-    step = jnp.where(passes_zero & far, to_zero, step)
-    return jnp.where(goal == y, u, step.astype(u.dtype))
+    # A difference too large for one update takes two.
+    largest = float(jnp.finfo(u.dtype).max)
+    step = jnp.where(step > largest, largest, step)
+    step = jnp.where(step < -largest, -largest, step)
+    return rounded(jnp.where(goal == y, kept, step), u.dtype)

@@ -2,13 +2,13 @@
 
     x ← x · goal / ‖x‖₂
 
-A norm is summed in float32 or wider, in units of the radius, which is right for every
-norm from 2^-30 to 2^60 radii. Where one lies outside of that, its leaf is measured once
-more, each group in units of its own largest element; so norms are right wherever x is
-finite, and they may themselves be larger than the dtype's largest number. On a GPU
-every leaf is measured twice instead, without a conditional.
+A norm is summed in float32 or wider. Where it lies beyond 2^60 radii, or so low that
+squares vanished, its leaf is measured once more, each group in units of its own largest
+element; so norms are right wherever x is finite, and they may themselves be larger than
+the dtype's largest number. On a GPU every leaf is measured twice instead, without a
+conditional.
 
-A bound is entered by a margin of 2 units in the last place of the dtype of the sum,
+A bound is entered by a margin of 1.5 units in the last place of the dtype of the sum,
 which covers the rounding of the sum and of the scaling, and by half of one of a
 half-precision leaf; results are rounded towards zero. So the exact norm of what comes
 out is never above the radius. (The sum of more than about 10⁵ elements may be off by
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,11 +30,11 @@ from jax.typing import ArrayLike, DTypeLike
 from optclip._core import checks, meshes, numerics
 from optclip._core.groupings import Grouping, in_range, per_unit
 from optclip._core.rounding import bound_towards, power_of_two, rounded, rounded_towards
-from optclip._core.types import Axes
+from optclip._core.types import Arrays, Axes
 from optclip.projections.base import Extent, Sum, bound_array
 from optclip.projections.radii import Sized
 
-MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
+MARGIN = 1.5  # in units in the last place of the dtype that norms are computed in
 Number = np.ndarray | jax.Array
 
 
@@ -91,7 +91,9 @@ def norm_of(
         there: it comes out as any number below.
     """
     wide = numerics.accumulation_dtype(*(term.dtype for term in total.terms))
-    return _norm(total, bound_towards(about, wide, 0.0), extent, inside)
+    norm, last = _norm(total.terms, bound_towards(about, wide, 0.0), extent, inside)
+    total.terms = (*total.terms[:-1], last)
+    return norm
 
 
 class Goal(NamedTuple):
@@ -130,24 +132,28 @@ def _spacings(x: jax.Array, norm: Norm, radius: jax.Array) -> jax.Array:
 
 # Jitted, because eager code would compile the branches of `cond` at every call.
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
+def _norm(
+    terms: Arrays, about: jax.Array, extent: Extent, inside: bool
+) -> tuple[Norm, jax.Array]:
+    total = Sum(terms)
     x = _parts(total)
     wide = x[0].dtype
+    one = jnp.ones((), wide)
     if not extent.axes and not extent.mesh:  # each element is a group
         size = functools.reduce(numerics.hypot, map(jnp.abs, x))
-        return Norm(size, jnp.ones((), wide))
+        return Norm(size, one), terms[-1]
 
-    half = int(jnp.finfo(wide).maxexp) // 2
-    high, tiny = 2.0 ** (half - 4), 0.0 if inside else 2.0 ** (28 - 2 * half)
-    unit = power_of_two(radius, 30 if inside else 0)
-    squares = _sum(extent, [_square(part, unit, high, tiny) for part in x])
+    squares = _sum_of_squares(extent, x)
     count = math.prod(x[0].shape[n] for n in extent.axes) * len(x)
-    count = count * meshes.axis_size(extent.mesh)
-    known = count * tiny * 2.0 ** (int(jnp.finfo(wide).nmant) + 3)
-    value = unit * numerics.safe_sqrt(squares)
-    ordinary = (squares < high**2) & ((squares >= known) | (squares == 0))
-    ordinary &= jnp.isfinite(value)
-    one = jnp.ones((), wide)
+    info, unit = jnp.finfo(wide), power_of_two(about)
+    # Below `least`, squares that vanished may have counted.
+    known = 8 * count * meshes.axis_size(extent.mesh) * float(info.tiny / info.eps)
+    least = jnp.maximum(math.sqrt(known), unit * 2.0**-60)
+    value = jnp.sqrt(jax.lax.stop_gradient(squares))
+    ordinary = (value <= unit * 2.0**60) & jnp.isfinite(value)
+    ordinary &= (value >= least) | (inside & (unit > 4 * least))
+    # Derivatives that are not used are finite.
+    value = numerics.safe_sqrt(jnp.where(ordinary, squares, 1))
     rough = Norm(value, jnp.ones_like(value))
 
     def again() -> Norm:
@@ -155,17 +161,20 @@ def _norm(total: Sum, radius: jax.Array, extent: Extent, inside: bool) -> Norm:
         largest = jnp.max(largest, extent.axes, keepdims=True)
         if extent.mesh:
             largest = meshes.largest_across(largest, extent.mesh)
-        own = power_of_two(largest, 0)
-        squares = [jnp.square(part * (1 / own)) for part in _parts(total, own)]
-        value = numerics.safe_sqrt(_sum(extent, squares))
+        own = power_of_two(largest)
+        parts = [part * (1 / own) for part in _parts(total, own)]
+        value = numerics.safe_sqrt(_sum_of_squares(extent, parts))
         # Groups in range keep the bits that they have when none is out of it.
-        return Norm(
-            jnp.where(ordinary, rough.value, value), jnp.where(ordinary, one, own)
-        )
+        value = jnp.where(ordinary, rough.value, value)
+        return Norm(value, jnp.where(ordinary, one, own))
 
     if numerics.backend() == "gpu":  # measured twice, no conditional
-        return again()
-    return jax.lax.cond(jnp.all(ordinary), lambda: rough, again)
+        return again(), terms[-1]
+    # XLA:CPU writes what a conditional is given to memory. Behind it comes the same
+    # array, or the result could not be written over it.
+    hold = jax.lax.optimization_barrier
+    branches = lambda: (rough, hold(terms[-1])), lambda: (again(), hold(terms[-1]))
+    return jax.lax.cond(jnp.all(ordinary), *branches)
 
 
 def _parts(total: Sum, *after: jax.Array) -> tuple[jax.Array, ...]:
@@ -175,29 +184,16 @@ def _parts(total: Sum, *after: jax.Array) -> tuple[jax.Array, ...]:
     return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
-def _square(x: jax.Array, unit: jax.Array, high: float, tiny: float) -> jax.Array:
-    """The square of x / unit, at most high², and tiny more if x is not zero.
-
-    So a derivative that is not used is finite, and tiny numbers are told from zeros. It
-    is made of minima, because XLA:CPU writes what a sum selects or clamps to memory.
-    """
-    square = jnp.square(jnp.minimum(jnp.abs(x * (1 / unit)), high))
-    if not tiny:
-        return square
-    return square + jnp.minimum(jnp.abs(x) * (1 / float(jnp.finfo(x.dtype).tiny)), tiny)
-
-
-def _sum(extent: Extent, squares: list[jax.Array]) -> jax.Array:
-    total = jnp.sum(functools.reduce(jnp.add, squares), extent.axes, keepdims=True)
+def _sum_of_squares(extent: Extent, parts: Sequence[jax.Array]) -> jax.Array:
+    """Plain products: of what a sum clamps, XLA:CPU writes the bounds to memory, as
+    arrays."""
+    squares = functools.reduce(jnp.add, [part * part for part in parts])
+    total = jnp.sum(squares, extent.axes, keepdims=True)
     return jax.lax.psum(total, extent.mesh) if extent.mesh else total
 
 
 def scaled(
-    x: jax.Array,
-    norm: Norm,
-    goal: jax.Array,
-    stays: jax.Array,
-    nearest: bool = False,
+    x: jax.Array, norm: Norm, goal: jax.Array, stays: jax.Array, nearest: bool = False
 ) -> jax.Array:
     """Gives each group its goal, except those that stay.
 

@@ -58,6 +58,11 @@ def project(
     dtype represents it, for parameters inside and updates of their dtype or a wider
     one, eager and jitted; from outside after at most two steps.
 
+    Behind an optimizer, in one `jit`: boxes join its pass over memory and keep no
+    temporary copy. Sets of norms look twice, so the optimizer's update is written to
+    memory, once, and nothing else; `project_params` after `apply_updates` looks at the
+    parameters themselves, and is the cheaper door for them.
+
     It must be the last: what follows changes the updates again, and a transform cannot
     see what follows it. `optax.chain(optax.adam(1e-3), project(sets.box(-1, 1)))` is
     right; so are several `project` in a row for different leaves, and
@@ -181,8 +186,9 @@ def landed(
         if p.shape != u.shape:
             raise checks.other_shape(member.path, p, u)
         u = u if resize is None else resize(member, u, own)
-        measured = member.set.measure(Sum((p, u)), member.extent)
-        u, y = applied(p, u)
+        total = Sum((p, u))
+        measured = member.set.measure(total, member.extent)
+        u, y = applied(p, total.terms[-1])
         q = member.set.project(y, measured, own)
         flat[number] = steered(p, u, y, q)
     return jax.tree_util.tree_unflatten(treedef, flat)

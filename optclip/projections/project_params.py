@@ -27,6 +27,11 @@ def project_params(
 
         p ← P(p)
 
+    After `apply_updates`, in the same `jit`: boxes join the optimizer's pass over
+    memory, sets of norms read the parameters twice and write over them; neither keeps a
+    temporary copy. A Linen `TrainState` and an `nnx.Optimizer` apply updates on their
+    own: project their parameters behind that, or put `project` in the chain.
+
     Args:
       params: a tree (dicts, FrozenDict, `nnx.State`, an Equinox module, …), of which a
         new one is returned; or an `nnx.Module`, whose parameters are changed in place.

@@ -181,8 +181,9 @@ def _with_sum(w: jax.Array, total: jax.Array) -> jax.Array:
     finite, zeros if the sum is zero."""
     unit = jnp.where(total > 0, numerics.finite(total), 1)
     largest = jax.lax.stop_gradient(jnp.max(w, axis=-1, keepdims=True))
-    # From -1 to 0: a number that is lower than the largest by the sum becomes zero.
-    below = jnp.maximum(w - largest, -unit) / unit
+    # From -1 to 0: a number that is lower than the largest by the sum becomes zero. Cut
+    # off once more, because XLA may multiply by 1 / unit, which can give -0.99999994.
+    below = jnp.maximum(jnp.maximum(w - largest, -unit) / unit, -1)
     nearest = jnp.maximum(below - _threshold(below), 0)
     found = jnp.sum(nearest, axis=-1, keepdims=True)
     nearest = nearest * (total / jnp.where(found > 0, found, 1))

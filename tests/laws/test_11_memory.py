@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -182,13 +183,16 @@ def test_projections_keep_no_temporary_copy(row: Constraint, dtype: jnp.dtype):
 
 
 def stepping(
-    tx: optax.GradientTransformation, dtype: Any, shapes: Shapes = SHAPES
+    tx: optax.GradientTransformation,
+    dtype: Any,
+    shapes: Shapes = SHAPES,
+    after: Callable[[Any], Any] = lambda params: params,
 ) -> Any:
-    """A whole step, donated."""
+    """A whole step and what comes after it, donated."""
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return after(optax.apply_updates(params, updates)), state
 
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
     state = jax.eval_shape(tx.init, grads)
@@ -216,6 +220,47 @@ def test_clipping_weights_costs_nothing_beside_the_optimizer():
     alone = temporary(optax.rmsprop(5e-5))
     chained = optax.chain(optax.rmsprop(5e-5), optclip.clip_weights(0.01))
     assert temporary(chained) <= alone + 1024
+
+
+# One leaf for each set, whose programs are compiled together.
+SETS = {
+    "box": optclip.sets.box(-0.01, 0.01),
+    "max_norm": optclip.sets.max_norm(0.5),
+    "unit_norm": optclip.sets.unit_norm(),
+    "l2_ball": optclip.sets.l2_ball(10.0),
+}
+IN_SETS: Shapes = dict.fromkeys(SETS, (2048, 512))
+ADAMW = optax.adamw(1e-3)
+
+
+@on_cpu
+@DTYPES
+def test_boxes_behind_an_optimizer_keep_no_copy(dtype: jnp.dtype):
+    shapes = {"kernel": (2048, 512), "free": (2048, 512)}
+    box = optclip.project(SETS["box"], where="free")
+    tx = optax.chain(ADAMW, optclip.clip_weights(0.01, where="kernel"), box)
+    assert temporary_share(stepping(tx, dtype, shapes), dtype, shapes) < 0.01
+
+
+@on_cpu
+@DTYPES
+def test_norms_behind_an_optimizer_keep_the_update(dtype: jnp.dtype):
+    """And nothing else: it is written once, and measured and landed from there."""
+    shapes = {name: shape for name, shape in IN_SETS.items() if name != "box"}
+    tx = optax.chain(ADAMW, optclip.project({name: SETS[name] for name in shapes}))
+    assert temporary_share(stepping(tx, dtype, shapes), dtype, shapes) < 1.01
+
+
+@on_cpu
+@DTYPES
+def test_projecting_after_the_step_keeps_no_copy(dtype: jnp.dtype):
+    """The step's result is measured, and written over."""
+
+    def after(params):
+        return optclip.project_params(params, SETS)
+
+    program = stepping(ADAMW, dtype, IN_SETS, after)
+    assert temporary_share(program, dtype, IN_SETS) < 0.01
 
 
 @DTYPES

@@ -33,6 +33,20 @@ def test_two_numbers_far_from_zero():
     assert not np.any(found[3:])
 
 
+def test_numbers_that_are_lower_by_more_than_the_radius_become_zero():
+    """Exactly, whatever a compiler makes of a quotient."""
+
+    @jax.jit
+    def found(radius):
+        x = jnp.array([-4.0, 2.9, 2.3, -2.3]) * radius
+        return optclip.project_params(x, sets.l1_ball(radius))
+
+    for radius in range(1, 100):
+        first, *others = found(jnp.float32(radius)).tolist()
+        assert others == [0, 0, 0]
+        assert first == pytest.approx(-radius, rel=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e20, 3e38])
 def test_the_top_of_the_range(size):
     x = jnp.array([size, size])
