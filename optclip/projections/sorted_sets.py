@@ -83,7 +83,7 @@ def l1_ball(
     def project(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
         w, undo = _rows(x, ball.extent)
         goal, _ = trailing(ball.bound(w.dtype, x.ndim), ball.extent.axes)
-        goal = goal * (1 - 2 * float(jnp.finfo(w.dtype).eps))
+        goal = goal * (1 - 3 * float(jnp.finfo(w.dtype).eps))  # for the sum's rounding
         nearest = jnp.sign(w) * _with_sum(jnp.abs(w), goal)
         inward = rounded_towards(nearest, x.dtype, nearest < 0)
         inside = jnp.sum(jnp.abs(w), axis=-1, keepdims=True) <= goal
@@ -181,9 +181,10 @@ def _with_sum(w: jax.Array, total: jax.Array) -> jax.Array:
     finite, zeros if the sum is zero."""
     unit = jnp.where(total > 0, numerics.finite(total), 1)
     largest = jax.lax.stop_gradient(jnp.max(w, axis=-1, keepdims=True))
-    # From -1 to 0: a number that is lower than the largest by the sum becomes zero. Cut
-    # off once more, because XLA may multiply by 1 / unit, which can give -0.99999994.
-    below = jnp.maximum(jnp.maximum(w - largest, -unit) / unit, -1)
+    # From -1 to 0: a number that is lower than the largest by the sum becomes zero. A
+    # choice, because XLA may divide by multiplying, and -unit / unit be -0.99999994.
+    below = jnp.maximum(w - largest, -unit)
+    below = jnp.where(below > -unit, below / unit, -1)
     nearest = jnp.maximum(below - _threshold(below), 0)
     found = jnp.sum(nearest, axis=-1, keepdims=True)
     nearest = nearest * (total / jnp.where(found > 0, found, 1))
