@@ -280,10 +280,7 @@ def test_pmap_shows_no_axes():
     """Without a name every device clips its own shard."""
     x = normal(8, 4)
     tx = untyped(optclip.clip_by_global_norm(LIMIT))
-    # Older releases do not show that there are axes at all.
-    new = jax.__version_info__ >= (0, 10)
-    warned = pytest.warns(UserWarning, match=SAYS_NOTHING) if new else nullcontext()
-    with warned:
+    with pytest.warns(UserWarning, match=SAYS_NOTHING):
         clipped, _ = _pmapped(lambda u: tx.update(u, None), x)
     chex.assert_trees_all_close(
         jnp.linalg.norm(clipped, axis=1), jnp.full(8, LIMIT), rtol=1e-6

@@ -162,6 +162,10 @@ def test_linen(name, axis_type):
     _assert_learned(last.opt_state, name)
 
 
+@pytest.mark.skipif(
+    not hasattr(nnx, "as_pure"),
+    reason="before flax 0.12.7 a Param with out_sharding lies whole on one device",
+)
 @EVERY_MESH
 @EVERY_RULE
 def test_nnx(name, axis_type):
