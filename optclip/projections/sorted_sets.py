@@ -83,7 +83,7 @@ def l1_ball(
     def project(x: jax.Array, ball: Sized, memory: None) -> jax.Array:
         w, undo = _rows(x, ball.extent)
         goal, _ = trailing(ball.bound(w.dtype, x.ndim), ball.extent.axes)
-        goal = goal * (1 - 3 * float(jnp.finfo(w.dtype).eps))  # for the sum's rounding
+        goal = goal * (1 - 4 * float(jnp.finfo(w.dtype).eps))  # for the sum's rounding
         nearest = jnp.sign(w) * _with_sum(jnp.abs(w), goal)
         inward = rounded_towards(nearest, x.dtype, nearest < 0)
         inside = jnp.sum(jnp.abs(w), axis=-1, keepdims=True) <= goal

@@ -47,6 +47,24 @@ def test_numbers_that_are_lower_by_more_than_the_radius_become_zero():
         assert first == pytest.approx(-radius, rel=1e-6)
 
 
+def test_equal_numbers_do_not_exceed_their_sum():
+    """Though their roundings, and those of the step, all go the same way."""
+    sign = np.where(np.arange(94) % 2, 1, -1).astype(np.float32)
+
+    @jax.jit
+    def found(p, radius):
+        tx = optclip.project(sets.l1_ball(radius))
+        updates, _ = tx.update(jnp.asarray(sign * 3e4), tx.init(p), p)
+        return p + updates
+
+    for number in range(200):
+        rng = np.random.default_rng(number)
+        p = jnp.asarray(rng.normal(size=94) / 200, jnp.float32)
+        radius = np.float32(rng.uniform(0.5, 2.0))
+        total = np.sum(np.abs(np.asarray(found(p, radius), np.float64)))
+        assert radius * (1 - 1e-6) <= total <= radius
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e20, 3e38])
 def test_the_top_of_the_range(size):
     x = jnp.array([size, size])
