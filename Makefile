@@ -5,7 +5,7 @@
 #   make lint         ruff and pyright
 #   make test-oldest  the test suite on the oldest supported releases
 #   make test-newest  the test suite on the newest Python and the newest releases found
-#   make bench        time optclip against its peers; BENCH=--quick for a minute
+#   make bench        time optclip against its peers; BENCH=--quick for a small model
 #   make docs         build the site into docs/_build/html; warnings are errors
 #   make docs-serve   build it and show it on http://localhost:8000
 #   make docs-check   build it and look at it with headless Chromium

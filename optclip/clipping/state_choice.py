@@ -42,6 +42,7 @@ def _choosing_early(
     state: optax.OptState,
 ) -> Step:
     program, shapes = jax.make_jaxpr(step, return_shape=True)()
+    jax.tree.map(lambda *_: None, state, shapes[1])  # raises if their structures differ
     values = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     results, old = program.jaxpr.outvars, jax.tree.leaves(state)
     first = len(results) - len(old)  # of the state's; before it are the updates'

@@ -8,7 +8,7 @@ element; so norms are right wherever x is finite, and they may themselves be lar
 the dtype's largest number. On a GPU every leaf is measured twice instead, without a
 conditional.
 
-A bound is entered by a margin of 1.5 units in the last place of the dtype of the sum,
+A bound is entered by a margin of 2 units in the last place of the dtype of the sum,
 which covers the rounding of the sum and of the scaling, and by half of one of a
 half-precision leaf; results are rounded towards zero. So the exact norm of what comes
 out is never above the radius. (The sum of more than about 10⁵ elements may be off by
@@ -34,7 +34,7 @@ from optclip._core.types import Arrays, Axes
 from optclip.projections.base import Extent, Sum, bound_array
 from optclip.projections.radii import Sized
 
-MARGIN = 1.5  # in units in the last place of the dtype that norms are computed in
+MARGIN = 2.0  # in units in the last place of the dtype that norms are computed in
 Number = np.ndarray | jax.Array
 
 

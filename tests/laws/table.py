@@ -49,9 +49,6 @@ class Row(NamedTuple):
       complex: whether it takes complex leaves, or the reason not.
       ulps: how far jit may be from eager: a limit that is an exponential of a logarithm
         is rounded as XLA pleases.
-      scan_ulps: how far a scanned step may be from a jitted one: AdaGC's limit during
-        the warm-up is itself a share of the size that it bounds, so that four rounded
-        quotients and products, not two, lie between a size and an output.
       least_limit: positive limits below it may not give the oracle's outputs.
       fuses: whether an optimizer's kernels clip what they read, or the reason not.
       sums: how many times a joint rule's program holds the reductions of a global norm:
@@ -77,7 +74,6 @@ class Row(NamedTuple):
     differentiable_to: float = float("inf")
     complex: bool | str = True
     ulps: int = 2
-    scan_ulps: int = 2
     least_limit: float = 0.0
     fuses: bool | str = True
     dtypes: tuple[str, ...] | None = None
@@ -388,9 +384,9 @@ ROWS = [
     _adaptive("spike_clip", window=4)._replace(ulps=8),
     _adaptive("autoclip", percentile=40.0, window=3),
     _adaptive("zclip", z_threshold=0.5, warmup_steps=2),
-    _adaptive("adagc", "leaf", warmup_steps=2)._replace(scan_ulps=4),
+    _adaptive("adagc", "leaf", warmup_steps=2),
     _adaptive("adagc", "leaf", warmup_steps=2, record=2)._replace(
-        name="adagc-record", dtypes=("float32", "bfloat16"), scan_ulps=4
+        name="adagc-record", dtypes=("float32", "bfloat16")
     ),
     _adaptive("quantile_clip"),
     _adaptive("norm_growth_clip", "leaf"),

@@ -228,18 +228,10 @@ def test_norms_and_sums(row, dtype, wide, seed, size, power):
             )
         else:
             want = nearest_to(row, y, goal, np.sqrt(np.sum(start**2)))
-        # The point is within 4 units, its elements within one of rounding more.
-        slack = 5 * eps * np.maximum(np.abs(start), np.abs(want))
-        # Of a subnormal number, a unit in the last place is the smallest one.
-        smallest = float(ml_dtypes.finfo(dtype).smallest_subnormal)
-        slack = np.maximum(slack, 4 * smallest)
+        slack = 4 * eps * np.maximum(np.abs(start), np.abs(want))
         if row.name in ("l1_ball", "simplex"):
             slack = slack + 4 * 2.0**-23 * np.max(np.abs(y)) + eps * goal
         assert np.all(np.abs(x - want) <= slack), (path, index)
-        if row.name in ("l2_ball", "max_norm"):
-            far = max(np.sqrt(np.sum(start**2)), goal)
-            apart = np.sqrt(np.sum((x - want) ** 2))
-            assert apart <= 4 * eps * far + np.sqrt(x.size) * smallest
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, HALVES[0]], ids=lambda d: d.__name__)
