@@ -205,6 +205,25 @@ def _quotient_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Arr
     return ratio, (d_x - ratio * d_y) / y
 
 
+def rounding_error(x: jax.Array, y: jax.Array, product: jax.Array) -> jax.Array:
+    """x · y - product, of a product that was rounded to their dtype.
+
+    By halves whose products are exact (Dekker, 1971), so that a multiply-add that XLA
+    makes of them changes nothing. No derivative flows through it.
+    """
+
+    def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        info = jnp.finfo(x.dtype)
+        low = np.asarray(2 ** ((info.nmant + 1) // 2) - 1, f"uint{info.bits}")
+        bits = jax.lax.bitcast_convert_type(x, low.dtype) & ~low
+        high = jax.lax.bitcast_convert_type(bits, x.dtype)
+        return high, x - high
+
+    x, y, product = map(jax.lax.stop_gradient, (x, y, product))
+    (a, b), (c, d) = halves(x), halves(y)
+    return ((a * c - product) + a * d + b * c) + b * d
+
+
 @jax.custom_jvp
 def at_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x · scale, with the derivative of x.

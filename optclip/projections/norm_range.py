@@ -20,7 +20,6 @@ from optclip.projections.base import Extent, Set, Sum, extent_of
 from optclip.projections.norm_arithmetic import (
     Norm,
     checked_radius,
-    margin,
     norm_of,
     scaled,
     units,
@@ -53,8 +52,9 @@ def norm_range(
     Returns:
       A set for `project`, `project_params` and `intersection`.
 
-    Edge cases: what lies in the range keeps its bits; a unit that is zero stays zero.
-    NaN or infinity makes its whole unit NaN.
+    Edge cases: what lies in the range keeps its bits; what is moved into it ends within
+    4 units in the last place of it; a unit that is zero stays zero. NaN or infinity
+    makes its whole unit NaN.
 
     Raises:
       ValueError: if a bound is negative, NaN or not a number, min_value is above
@@ -81,16 +81,12 @@ def norm_range(
             f"min_value must not be above max_value, got {min_value} and {max_value}."
         )
 
-    def ends(dtype: DTypeLike, wide: DTypeLike) -> tuple[jax.Array, jax.Array]:
-        inner = margin(dtype, wide)
-        low = bound_towards(least, wide, np.inf) * (1 + inner)
-        high = bound_towards(most, wide, 0.0) * (1 - inner)
-        middle = low + (high - low) / 2  # where there is no room for margins
-        return jnp.minimum(low, middle), jnp.maximum(high, middle)
+    def ends(wide: DTypeLike) -> tuple[jax.Array, jax.Array]:
+        return bound_towards(least, wide, np.inf), bound_towards(most, wide, 0.0)
 
     def project(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
         size = norm.size
-        low, high = ends(x.dtype, size.dtype)
+        low, high = ends(size.dtype)
         share = jnp.asarray(rate).astype(size.dtype)
         rest = (1 - share) * norm.value * norm.unit  # finite where the size is not
         goal = share * jnp.clip(size, low, high) + rest
@@ -99,7 +95,7 @@ def norm_range(
 
     def contains(x: jax.Array, norm: Norm, memory: None) -> jax.Array:
         size, slack = norm.size, 4 * float(jnp.finfo(x.dtype).eps)
-        low, high = (bound_towards(end, size.dtype, 0.0) for end in (least, most))
+        low, high = ends(size.dtype)
         within = (size >= low * (1 - slack)) & (size <= high * (1 + slack))
         return within | (size == 0)
 

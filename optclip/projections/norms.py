@@ -24,6 +24,7 @@ from optclip.projections.norm_arithmetic import (
     scaled,
     to_sphere,
     units,
+    within,
 )
 from optclip.projections.radii import sized
 
@@ -191,8 +192,8 @@ def unit_norm(axis: Axes | None = None, *, axis_name: AxisName = None) -> Set:
 def _ball(grouping: Grouping, axis_name: AxisName, **named: Radius) -> Set:
     def project(x: jax.Array, goal: Goal, memory: None) -> jax.Array:
         norm, radius = goal
-        most = radius * (1 - margin(x.dtype, radius.dtype))
-        return scaled(x, norm, most, norm.size <= most)
+        inner = margin(x.dtype, radius.dtype)
+        return scaled(x, norm, radius, within(norm, radius, inner), inner)
 
     def contains(x: jax.Array, goal: Goal, memory: None) -> jax.Array:
         return goal.norm.size <= goal.radius
