@@ -15,6 +15,7 @@ from optclip._core.groupings import Grouping
 from optclip._core.groups import Arrays, Groups, by_block, by_group, gather
 from optclip._core.measures import MAX, Combine, Measure, joined
 from optclip._core.public import error
+from optclip._core.rounding import power_of_two
 from optclip._core.sizes import sizes_of
 from optclip._core.types import Tree
 
@@ -22,16 +23,15 @@ from optclip._core.types import Tree
 def combined_size(groups: Groups, measure: Measure, blocks: Arrays) -> jax.Array:
     """The size of the union of all groups that are finite: the others touch no limit.
 
-    Sizes are divided by the largest first, so that it is right wherever it is
-    representable.
+    Sizes are divided by a power of two near the largest first, which rounds nothing, so
+    that it is right wherever it is representable.
     """
     if not groups.groups:
         return jnp.zeros((), groups.dtype)
     sizes = [
         jnp.where(jnp.isfinite(size), size, 0) for size in by_group(groups, blocks)
     ]
-    largest = jax.lax.stop_gradient(_union(MAX, sizes))
-    unit = jnp.where(largest > 0, largest, 1)
+    unit = power_of_two(_union(MAX, sizes))
     counts = [group.count for group in groups.groups]
     summands = [
         measure.map(size / unit) * (count if measure.averages else 1)
