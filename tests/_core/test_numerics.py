@@ -63,3 +63,13 @@ def test_a_factor_below_the_range_of_ratios_has_no_slope():
     assert _numerics.factor(size, target) < 0
     slopes = jax.grad(_numerics.factor, argnums=(0, 1))(size, target)
     assert slopes == (0, 0)
+
+
+def test_what_rounding_took_off_a_product():
+    """Exactly, whatever XLA makes of the halves' products."""
+    rng = np.random.default_rng(0)
+    x, y = (np.exp(rng.normal(0, 9, 4096)).astype(np.float32) for _ in range(2))
+    product = x * y
+    found = jax.jit(_numerics.rounding_error)(x, y, product)
+    exact = x.astype(np.float64) * y - product
+    np.testing.assert_array_equal(found, exact.astype(np.float32))

@@ -8,8 +8,14 @@ import optclip
 from optclip import groupings, thresholds
 from tests.untyped import untyped
 
-# The limit of each group is the size of all of them, so metrics show it.
-ALL = thresholds.Threshold(lambda state, seen: seen.combined, needs_combined=True)
+
+def combined_of(state, observation):
+    """As the limit of each group, so that metrics show it."""
+    assert observation.combined is not None
+    return observation.combined
+
+
+ALL = thresholds.Threshold(combined_of, needs_combined=True)
 
 
 @pytest.fixture(scope="module")
