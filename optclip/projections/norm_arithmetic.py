@@ -41,16 +41,16 @@ Number = np.ndarray | jax.Array
 
 
 class Norm(NamedTuple):
-    """Norms, value times unit: the unit, a power of two, is 1 for ordinary norms."""
+    """Norms times a scale, a power of two, which is 1 for ordinary norms."""
 
     value: jax.Array
-    unit: jax.Array
-    rest: jax.Array  # what rounding took off the value, the root of a sum
+    scale: jax.Array
+    left: jax.Array  # the sum whose root the value is, less the value's square
 
     @property
     def size(self) -> jax.Array:
         """The norm itself, infinite where its dtype cannot hold it."""
-        return self.value * self.unit
+        return self.value / self.scale
 
 
 def units(axis: Axes | None) -> Grouping:
@@ -155,34 +155,34 @@ def _norm(
     value = jnp.sqrt(jax.lax.stop_gradient(squares))
     ordinary = (value <= unit * 2.0**60) & jnp.isfinite(value)
     ordinary &= (value >= least) | (inside & (unit > 4 * least))
-    # Derivatives that are not used are finite.
-    rough = _root(jnp.where(ordinary, squares, 1), jnp.ones_like(value))
 
-    def again() -> Norm:
+    def again() -> tuple[jax.Array, jax.Array]:
         largest = functools.reduce(jnp.maximum, map(jnp.abs, _parts(total)))
         largest = jnp.max(largest, extent.axes, keepdims=True)
         if extent.mesh:
             largest = meshes.largest_across(largest, extent.mesh)
-        own = power_of_two(largest)
-        parts = [part * (1 / own) for part in _parts(total, own)]
-        found = _root(_sum_of_squares(extent, parts), own)
+        scale = 1 / power_of_two(largest)
+        parts = [part * scale for part in _parts(total, scale)]
         # Groups in range keep the bits that they have when none is out of it.
-        return jax.tree.map(functools.partial(jnp.where, ordinary), rough, found)
+        found = jnp.where(ordinary, squares, _sum_of_squares(extent, parts))
+        return found, jnp.where(ordinary, one, scale)
 
     if numerics.backend() == "gpu":  # measured twice, no conditional
-        return again(), terms[-1]
+        return _root(*again()), terms[-1]
     # XLA:CPU writes what a conditional is given to memory. Behind it comes the same
     # array, or the result could not be written over it.
     hold = jax.lax.optimization_barrier
-    branches = lambda: (rough, hold(terms[-1])), lambda: (again(), hold(terms[-1]))
-    return jax.lax.cond(jnp.all(ordinary), *branches)
+    squares, scale, last = jax.lax.cond(
+        jnp.all(ordinary),
+        lambda: (squares, jnp.ones_like(squares), hold(terms[-1])),
+        lambda: (*again(), hold(terms[-1])),
+    )
+    return _root(squares, scale), last
 
 
-def _root(squares: jax.Array, unit: jax.Array) -> Norm:
+def _root(squares: jax.Array, scale: jax.Array) -> Norm:
     value = numerics.safe_sqrt(squares)
-    missed = numerics.rounding_error(value, value, squares)
-    rest = -missed / (2 * jax.lax.stop_gradient(value))  # not finite, it counts for 0
-    return Norm(value, unit, rest)
+    return Norm(value, scale, -numerics.rounding_error(value, value, squares))
 
 
 def _parts(total: Sum, *after: jax.Array) -> tuple[jax.Array, ...]:
@@ -202,9 +202,11 @@ def _sum_of_squares(extent: Extent, parts: Sequence[jax.Array]) -> jax.Array:
 
 def within(norm: Norm, radius: jax.Array, margin: float) -> jax.Array:
     """Which norms are at most the radius less the margin, before that is rounded."""
-    beyond = (norm.size - radius) + norm.rest * norm.unit
-    inside = (beyond <= -margin * radius) | jnp.isinf(radius)
-    return inside & (norm.size <= radius)
+    bound = radius * norm.scale  # an infinite one is far above the value
+    twice = 2 * norm.value
+    beyond = (norm.value - bound) * twice + norm.left
+    inside = (beyond <= -margin * bound * twice) | jnp.isinf(bound)
+    return inside & (norm.value <= bound)
 
 
 # Jitted, so that eager code rounds products and sums as compiled code does.
@@ -223,10 +225,12 @@ def scaled(
     """
     ratio, rest = _ratio(norm, goal, margin)
     a, b = numerics.split(ratio)
-    x_in_units = numerics.times(numerics.widen(x, norm.value.dtype), 1 / norm.unit)
-    moved = numerics.times(x_in_units, a * b * a) + numerics.times(x_in_units, rest)
+    w = numerics.times(numerics.widen(x, norm.value.dtype), norm.scale)
+    moved = numerics.times(w, a * b * a)
+    if x.dtype == w.dtype:  # of half precision it is far below the last digit
+        moved += numerics.times(w, rest)
     moved = jnp.where(b == 0, jnp.zeros_like(moved), moved)
-    moved = _fitted(moved, x.dtype, goal * (1 - margin) > norm.size, nearest)
+    moved = _fitted(moved, x.dtype, ratio * norm.scale > 1, nearest)
     return jnp.where(stays, x, moved)
 
 
@@ -235,12 +239,13 @@ def _ratio(norm: Norm, goal: jax.Array, margin: float) -> tuple[jax.Array, jax.A
     inner = goal * (1 - margin)
     wanted = jnp.where(jnp.isfinite(norm.value), inner, jnp.nan)
     ratio = numerics.factor(norm.value, wanted)
-    missed = numerics.rounding_error(ratio, norm.value, wanted) + ratio * norm.rest
+    missed = numerics.rounding_error(ratio, norm.value, wanted)
     missed -= (goal - inner) - margin * goal
-    rest = jax.lax.stop_gradient(-missed / norm.value)
+    value, left = jax.lax.stop_gradient((norm.value, norm.left))
+    rest = -(2 * value * missed + ratio * left) / (2 * value * value)
+    rest = jax.lax.stop_gradient(rest)
     rest = jnp.where((ratio > 0) & jnp.isfinite(rest), rest, 0)
-    # Without the barrier, XLA computes all of this anew for every element.
-    return jax.lax.optimization_barrier((ratio, rest))
+    return ratio, rest
 
 
 def _fitted(

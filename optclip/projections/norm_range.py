@@ -88,7 +88,7 @@ def norm_range(
         size = norm.size
         low, high = ends(size.dtype)
         share = jnp.asarray(rate).astype(size.dtype)
-        rest = (1 - share) * norm.value * norm.unit  # finite where the size is not
+        rest = (1 - share) * norm.value / norm.scale  # finite where the size is not
         goal = share * jnp.clip(size, low, high) + rest
         stays = ((size >= low) & (size <= high)) | (share == 0)
         return scaled(x, norm, goal, stays)

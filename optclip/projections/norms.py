@@ -65,7 +65,7 @@ def l2_ball(
 
     >>> import jax.numpy as jnp, optclip
     >>> print(optclip.project_params(jnp.array([3.0, 4.0]), l2_ball(1.0)))
-    [0.5999999  0.79999983]
+    [0.59999985 0.79999983]
     """
     return _ball(grouping, axis_name, radius=radius)
 
