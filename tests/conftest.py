@@ -7,6 +7,7 @@ devices, which cost nothing elsewhere.
 import functools
 import os
 import re
+from collections.abc import Callable
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -168,3 +169,22 @@ def quickest_compiles(quick_compiles):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", options)
         yield
+
+
+@pytest.fixture(scope="session")
+def quickest_environment() -> Callable[..., dict[str, str]]:
+    """What makes another process compile as `quickest_compiles` does.
+
+    A program that computes for longer than it compiles takes `level=1`, LLVM's lowest
+    that makes loops fast.
+    """
+
+    def environment(level: int = 0) -> dict[str, str]:
+        flags = [f"--{name}={value}".lower() for name, value in _quicker().items()]
+        if level:  # which the variable would set to 0
+            flags.append(f"--xla_backend_optimization_level={level}")
+        flags = " ".join([os.environ["XLA_FLAGS"], *flags])
+        most = {} if level else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        return {**os.environ, "XLA_FLAGS": flags, **most}
+
+    return environment

@@ -5,6 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -12,23 +13,34 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run(example: str, *options: str) -> list[str]:
-    """The lines that an example prints; warnings are errors there too."""
-    command = [sys.executable, "-W", "error", str(EXAMPLES / example), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture(scope="module")
+def run(quickest_environment) -> Callable[..., list[str]]:
+    """The lines that an example prints; warnings are errors there too.
+
+    Most of them compile for much longer than their few steps take.
+    """
+
+    def lines(example: str, *options: str, level: int = 0) -> list[str]:
+        command = [sys.executable, "-W", "error", str(EXAMPLES / example), *options]
+        variables = quickest_environment(level)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=variables
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return lines
 
 
 @pytest.fixture(scope="module")
-def regression(tmp_path_factory):
+def regression(run, tmp_path_factory):
     """A short run of the main job: its lines and its folder."""
     output = tmp_path_factory.mktemp("regression")
     return run("regression.py", "--epochs", "10", "--output", str(output)), output
 
 
 @pytest.fixture(scope="module")
-def spikes(tmp_path_factory):
+def spikes(run, tmp_path_factory):
     """A short run of the corrupted batches: its lines and its folder."""
     output = tmp_path_factory.mktemp("spikes")
     run_ = run("transformer_spikes.py", "--steps", "40", "--output", str(output))
@@ -36,7 +48,7 @@ def spikes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deep_init(tmp_path_factory):
+def deep_init(run, tmp_path_factory):
     """A short run of a less deep network: its lines and its folder."""
     output = tmp_path_factory.mktemp("deep_init")
     options = "--depth", "6", "--steps", "60", "--output", str(output)
@@ -44,7 +56,7 @@ def deep_init(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def transfer(tmp_path_factory):
+def transfer(run, tmp_path_factory):
     """A short run of every rate at two widths: its lines and its folder."""
     output = tmp_path_factory.mktemp("transfer")
     options = "--quick", "--steps", "10", "--seeds", "1", "--output", str(output)
@@ -52,14 +64,15 @@ def transfer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rnn(tmp_path_factory):
-    """The vanilla RNN alone, which compiles for longer than it trains."""
+def rnn(run, tmp_path_factory):
+    """The vanilla RNN alone, whose many short steps are most of its time."""
     output = tmp_path_factory.mktemp("rnn")
-    return run("rnn_exploding.py", "--quick", "--output", str(output)), output
+    options = "--quick", "--output", str(output)
+    return run("rnn_exploding.py", *options, level=1), output
 
 
 @pytest.fixture(scope="module")
-def wgan(tmp_path_factory):
+def wgan(run, tmp_path_factory):
     """A short run of the three critics: its lines and its folder."""
     output = tmp_path_factory.mktemp("wgan")
     return run("wgan_digits.py", "--steps", "20", "--output", str(output)), output
