@@ -9,6 +9,8 @@ import optclip
 from optclip import groupings, sets
 from tests.oracles import projections as oracle
 
+pytestmark = pytest.mark.usefixtures("quickest_compiles")
+
 MATRICES = groupings.per_matrix()
 
 
