@@ -172,6 +172,14 @@ def quickest_compiles(quick_compiles):
 
 
 @pytest.fixture(scope="session")
+def ordinary_options() -> dict[str, str | bool | int]:
+    """For `Lowered.compile`, where a test compares with what quick compiles make."""
+    llvm = {"xla_backend_optimization_level": 3}
+    llvm |= {"xla_llvm_disable_expensive_passes": False}
+    return llvm | {name: not value for name, value in _quicker().items()}
+
+
+@pytest.fixture(scope="session")
 def quickest_environment() -> Callable[..., dict[str, str]]:
     """What makes another process compile as `quickest_compiles` does.
 

@@ -14,9 +14,9 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "multihost.py"
 CLUSTER = re.compile(r"SLURM_|OMPI_|KUBERNETES_|JAX_(COORDINATOR|NUM_PROC|PROCESS)")
 
 
-def start(*options: str, **variables: str) -> subprocess.Popen:
+def start(surroundings, *options: str, **variables: str) -> subprocess.Popen:
     """The example where JAX sees no other cluster than these variables make."""
-    kept = {k: v for k, v in os.environ.items() if not CLUSTER.match(k)}
+    kept = {k: v for k, v in surroundings.items() if not CLUSTER.match(k)}
     return subprocess.Popen(
         [sys.executable, "-W", "error", str(EXAMPLE), *options],
         env=kept | variables,
@@ -33,9 +33,10 @@ def printed(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory) -> str:
-    """What the program prints on one machine."""
-    return printed(start("--output", str(tmp_path_factory.mktemp("multihost"))))
+def shown(quickest_environment, tmp_path_factory) -> str:
+    """What the program prints on one machine; its processes compile one step each."""
+    output = str(tmp_path_factory.mktemp("multihost"))
+    return printed(start(quickest_environment(), "--output", output))
 
 
 def row(shown: str, step: int) -> list[str]:
@@ -81,12 +82,13 @@ def test_what_was_learned_is_restored_bit_for_bit(shown, step):
     assert found and found[1] == found[2]
 
 
-def test_where_jax_detects_a_cluster_it_joins_its_peers(tmp_path):
+def test_where_jax_detects_a_cluster_it_joins_its_peers(quickest_environment, tmp_path):
     """As under `srun --ntasks=2`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told = []
+    told, surroundings = [], quickest_environment()
+    one_device = "--xla_force_host_platform_device_count=1"  # the last counts
     for process in range(2):
         slurm = {
             "SLURM_JOB_ID": "1",
@@ -96,9 +98,11 @@ def test_where_jax_detects_a_cluster_it_joins_its_peers(tmp_path):
             "SLURM_LOCALID": str(process),
             "JAX_COORDINATOR_PORT": str(port),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": f"{surroundings['XLA_FLAGS']} {one_device}",
         }
-        told.append(start("--output", str(tmp_path), "--steps", "20", **slurm))
+        told.append(
+            start(surroundings, "--output", str(tmp_path), "--steps", "20", **slurm)
+        )
     said = [
         re.findall(rf"^process {process}  (step .*)$", printed(own), re.M)
         for process, own in enumerate(told)
@@ -110,5 +114,5 @@ def test_where_jax_detects_a_cluster_it_joins_its_peers(tmp_path):
 def test_help_says_what_a_cluster_changes_and_starts_nothing():
     # To join this cluster would fail, and to start processes would print so.
     alone = {"JAX_COORDINATOR_ADDRESS": "nowhere.invalid:1"}
-    out = printed(start("--help", **alone))
+    out = printed(start(os.environ, "--help", **alone))
     assert "Where JAX detects a cluster" in out and "One process" not in out

@@ -103,8 +103,12 @@ def of_update(
     axis_type: AxisType = AxisType.Auto,
     spec: P = SPEC,
     shape: tuple[int, int] = (16, 16),
+    options: dict[str, Any] | None = None,
 ) -> Collectives:
-    """Of one jitted update of equal kernels, whose state lies as they do."""
+    """Of one jitted update of equal kernels, whose state lies as they do.
+
+    The options are XLA's.
+    """
     mesh = mesh_of(axis_type)
 
     def placed(leaf: Any) -> Any:
@@ -120,7 +124,8 @@ def of_update(
         tree = {f"{n:02}": {"kernel": placed(kernel)} for n in range(leaves)}
         state = jax.tree.map(placed, jax.eval_shape(tx.init, tree))
         update = jax.jit(untyped(tx.update))
-        return collectives(update.lower(tree, state, tree).compile().as_text() or "")
+        program = update.lower(tree, state, tree).compile(options)
+        return collectives(program.as_text() or "")
 
 
 RULES = [

@@ -13,6 +13,7 @@ import pytest
 
 import optclip
 from tests.laws.table import ROWS, Constraint, Row, projections, rows
+from tests.laws.trees import SAMPLE
 
 # A slice of a transformer: every fan-in is at least 512, so that one number a unit is
 # little beside the leaf.
@@ -24,10 +25,15 @@ SHAPES: Shapes = {
 }
 
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10),
-    reason="XLA:CPU of jax 0.9 writes what it squares to memory",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10),
+        reason="XLA:CPU of jax 0.9 writes what it squares to memory",
+    ),
+    # LLVM makes its kernels in less time. All that is measured here is decided before:
+    # `test_quick_compiles_decide_nothing` holds XLA to that.
+    pytest.mark.usefixtures("quick_compiles"),
+]
 
 
 KINDS = ("clip", "enlarging", "adaptive", "elementwise", "measuring")
@@ -58,11 +64,15 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def compiled(tx: optax.GradientTransformation, dtype: jnp.dtype) -> Any:
+def lowered(tx: optax.GradientTransformation, dtype: jnp.dtype) -> Any:
     """One update of the slice."""
     grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
     state = jax.eval_shape(tx.init, grads)
-    return jax.jit(tx.update).lower(grads, state, grads).compile()
+    return jax.jit(tx.update).lower(grads, state, grads)
+
+
+def compiled(tx: optax.GradientTransformation, dtype: jnp.dtype) -> Any:
+    return lowered(tx, dtype).compile()
 
 
 @functools.cache
@@ -77,6 +87,21 @@ def temporary_share(program: Any, dtype: jnp.dtype, shapes: Shapes = SHAPES) -> 
     total = sum(math.prod(shape) for shape in shapes.values())
     temporary = program.memory_analysis().temp_size_in_bytes
     return temporary / (total * jnp.dtype(dtype).itemsize)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@DTYPES
+def test_quick_compiles_decide_nothing(
+    name: str, dtype: jnp.dtype, ordinary_options: dict[str, Any]
+):
+    """The program and its bytes are those of an ordinary compilation."""
+    (row,) = (row for row in ROWS if row.name == name)
+    tx = optax.chain(row.build(1.0), optax.sgd(1e-3))
+    program = lowered(tx, dtype)
+    quick, ordinary = program.compile(), program.compile(ordinary_options)
+    assert quick.as_text() == ordinary.as_text()
+    shares = (temporary_share(made, dtype) for made in (quick, ordinary))
+    assert len(set(shares)) == 1
 
 
 @EVERY
@@ -174,12 +199,7 @@ def test_the_measure_of_memory_sees_a_copy():
 @DTYPES
 @pytest.mark.parametrize("row", projections(fuses=True))
 def test_projections_keep_no_temporary_copy(row: Constraint, dtype: jnp.dtype):
-    grads = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()}
-    tx = row.transform(1.0)
-    state = jax.eval_shape(tx.init, grads)
-    memory = jax.jit(tx.update).lower(grads, state, grads).compile().memory_analysis()
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in grads.values())
-    assert memory is not None and memory.temp_size_in_bytes < 0.01 * total
+    assert temporary_share(compiled(row.transform(1.0), dtype), dtype) < 0.01
 
 
 def stepping(
