@@ -101,19 +101,19 @@ def test_one_trace_over_many_steps(row):
     tx = row.build(1.0)
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(lambda u, s: tx.update(u, s, PARAMS), n=1)
-    # Tracing alone tells; `lower` is jit without the price of compiling.
+    # Tracing alone tells; `trace` is jit without the price of what follows.
     update, state = jax.jit(traced), tx.init(PARAMS)
-    update.lower(STREAM[0], state)
+    update.trace(STREAM[0], state)
     for updates, (_, state) in zip(STREAM, run(row.name), strict=True):
-        update.lower(updates, state)
+        update.trace(updates, state)
 
 
 def test_a_second_trace_is_noticed():
     chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(lambda x: x, n=1))
-    update.lower(jnp.ones(()))
+    update.trace(jnp.ones(()))
     with pytest.raises(AssertionError):
-        update.lower(1.0)  # a weak type
+        update.trace(1.0)  # a weak type
 
 
 @EVERY
@@ -385,7 +385,7 @@ def test_projections_compile_once_and_scan(row):
     traced = jax.jit(chex.assert_max_traces(lambda u, s: tx.update(u, s, PARAMS), n=1))
     state = tx.init(PARAMS)
     for updates in STREAM:
-        traced.lower(updates, state)
+        traced.trace(updates, state)
     scanned = jax.jit(
         lambda: jax.lax.scan(
             lambda s, u: tx.update(u, s, PARAMS)[::-1], state, STACKED
