@@ -219,7 +219,7 @@ GROUPINGS = {
 @pytest.mark.parametrize(
     ("nonfinite", "bad"), [("propagate", np.nan), ("zero", np.inf)]
 )
-def test_never_observed(grouping, nonfinite, bad):
+def test_never_observed(grouping, nonfinite, bad, quickest_compiles):
     """A threshold's state is as if the spoilt group had not been there."""
     summing = thresholds.Threshold(
         limit=lambda state, seen: 1e3,
