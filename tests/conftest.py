@@ -131,9 +131,9 @@ def _strict():
 
 # Options of XLA:CPU that divide its work by three, and what they are otherwise: kernels
 # from a simpler compiler, and all of a program's in one module of LLVM's.
-QUICKER: dict[str, tuple[bool | int, bool | int]] = {
+QUICKER: dict[str, tuple[str | bool, str | bool]] = {
     "xla_cpu_use_fusion_emitters": (False, True),  # there is none from 0.12 on
-    "xla_cpu_parallel_codegen_split_count": (1, 32),
+    "xla_cpu_parallel_codegen_split_count": ("1", "32"),
 }
 
 
@@ -152,7 +152,7 @@ def _known() -> tuple[str, ...]:
     return tuple(filter(known, QUICKER))
 
 
-def _quicker() -> dict[str, str | bool | int]:
+def _quicker() -> dict[str, str | bool]:
     return {name: QUICKER[name][0] for name in _known()}
 
 
@@ -188,9 +188,9 @@ def quickest_compiles(quick_compiles):
 
 
 @pytest.fixture(scope="session")
-def ordinary_options() -> dict[str, str | bool | int]:
+def ordinary_options() -> dict[str, str | bool]:
     """For `Lowered.compile`, where a test compares with what quick compiles make."""
-    llvm = {"xla_backend_optimization_level": 3}
+    llvm: dict[str, str | bool] = {"xla_backend_optimization_level": "3"}
     llvm |= {"xla_llvm_disable_expensive_passes": False}
     return llvm | {name: QUICKER[name][1] for name in _known()}
 
