@@ -114,7 +114,7 @@ def hyperball(
     >>> updates, _ = tx.update(grads, tx.init(params), params)
     >>> stepped = optax.apply_updates(params, updates)
     >>> print(stepped["kernel"], stepped["bias"])
-    [[2.6499946 0.       ]
+    [[2.6499949 0.       ]
      [0.        4.2399917]] [-1. -1.]
     """
     checks.optimizer(optimizer=optimizer)

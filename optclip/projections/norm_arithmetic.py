@@ -8,13 +8,14 @@ element; so norms are right wherever x is finite, and they may themselves be lar
 the dtype's largest number. On a GPU every leaf is measured twice instead, without a
 conditional.
 
-A norm and the factor that it leads to keep what rounding took off them, so that of a
-result only the sum and its own last digit are rounded. A bound is entered by a margin
-of 1.8 units in the last place of the dtype of the sum, which covers both, and by half
-of one of a half-precision leaf; results in half precision are rounded towards zero. So
-the exact norm of what comes out is not above the radius. (A sum of a few dozen equal
-numbers, which all round the same way, or of more than about 10⁵ may be off by more, as
-every sum in float32: of 19,200 groups of 32 equal numbers, some were .7 units above.)
+Where a bound must hold, a norm and the factor that it leads to keep what rounding took
+off them, so that only the sum and the last digit of a result are rounded. The bound is
+entered by a margin of 1.8 units in the last place of the dtype of the sum, which covers
+both, and by half of one of a half-precision leaf; results in half precision are rounded
+towards zero. So the exact norm of what comes out is not above the radius. (A sum of a
+few dozen equal numbers, which all round the same way, or of more than about 10⁵ may be
+off by more, as every sum in float32: of 19,200 groups of 32 equal numbers, some were .7
+units above.)
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ def scaled(
     a, b = numerics.split(ratio)
     w = numerics.times(numerics.widen(x, norm.value.dtype), norm.scale)
     moved = numerics.times(w, a * b * a)
-    if x.dtype == w.dtype:  # of half precision it is far below the last digit
+    if margin and x.dtype == w.dtype:  # of half precision it is below the last digit
         moved += numerics.times(w, rest)
     moved = jnp.where(b == 0, jnp.zeros_like(moved), moved)
     moved = _fitted(moved, x.dtype, ratio * norm.scale > 1, nearest)
