@@ -421,7 +421,12 @@ def test_committed_numbers_can_be_read(path):
 
 @pytest.mark.parametrize("path", report.committed(), ids=lambda path: path.stem)
 def test_the_picture_is_drawn_from_the_committed_numbers(path, tmp_path):
-    report.draw(json.loads(path.read_text()), tmp_path / "speed.png")
+    results = report.read(path)
+    timed = any(line["context"] == "alone" for line in results["records"])
+    assert path.with_suffix(".png").exists() == timed
+    if not timed:
+        pytest.skip("a picture shows rules alone, which were not timed here")
+    report.draw(results, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
