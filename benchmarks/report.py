@@ -201,6 +201,8 @@ def draw(results: Results, path: pathlib.Path) -> None:
         places = np.arange(len(rules))
         for offset, library in enumerate(("optclip", "optax", "torch")):
             lines = [find({"records": alone}, rule=r, name=library) for r in rules]
+            if not any(lines):
+                continue  # a peer that was not installed
             at = places + 0.27 * (offset - 1)
             style = {"width": 0.25, "label": library, "color": f"C{offset}"}
             ratios = [line["over"]["floor"][1] if line else np.nan for line in lines]
