@@ -14,8 +14,7 @@ entered by a margin of 1.8 units in the last place of the dtype of the sum, whic
 both, and by half of one of a half-precision leaf; results in half precision are rounded
 towards zero. So the exact norm of what comes out is not above the radius. (A sum of a
 few dozen equal numbers, which all round the same way, or of more than about 10⁵ may be
-off by more, as every sum in float32: of 19,200 groups of 32 equal numbers, some were .7
-units above.)
+off by more, as every sum in float32.)
 """
 
 from __future__ import annotations
@@ -236,7 +235,8 @@ def scaled(
 
 
 def _ratio(norm: Norm, goal: jax.Array, margin: float) -> tuple[jax.Array, jax.Array]:
-    """The goal over the norm's value, as a `factor` and what rounding took off it."""
+    """The goal less the margin over the norm's value: a `factor`, and what is to be
+    added to it because it, the margin and the norm were rounded."""
     inner = goal * (1 - margin)
     wanted = jnp.where(jnp.isfinite(norm.value), inner, jnp.nan)
     ratio = numerics.factor(norm.value, wanted)
