@@ -208,8 +208,8 @@ def _quotient_jvp(primals: Arrays, tangents: Arrays) -> tuple[jax.Array, jax.Arr
 def rounding_error(x: jax.Array, y: jax.Array, product: jax.Array) -> jax.Array:
     """x · y - product, of a product that was rounded to their dtype.
 
-    Each is split into halves whose products are exact (Dekker, 1971), so nothing changes
-    where XLA fuses a product and a sum. No derivative flows through it.
+    Both are split into halves whose products are exact (Dekker, 1971), so nothing
+    changes where XLA fuses a product and a sum. No derivative flows through it.
     """
 
     def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
