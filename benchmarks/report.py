@@ -224,7 +224,8 @@ def draw(results: Results, path: pathlib.Path) -> None:
             axis.set_xticks(places, rules, rotation=20, ha="right")
             axis.grid(axis="y", alpha=0.3)
             axis.legend(fontsize="small", ncols=2)
-    heading = f"{results['device']}; {releases(results['versions'])}"
+    (own,) = (about for at, _, about in measured(results) if "alone" in at)
+    heading = f"{results['device']}; {releases(own)}"
     figure.suptitle(heading, fontsize="medium")
     figure.savefig(path, dpi=110)
 
