@@ -137,6 +137,7 @@ _TYPES = {
     r"(?i:conv)\w*/kernel$": "w*io",
     r"(?i:transpose)\w*/w$": "w*oi",
     r"(?i:linear|embed)\w*/weight$": "oi",
+    r"Embed\w*/(?!kernel|bias|scale|w$)\w+$": "oi",
     # An einsum has no window. Which of the two, its bias tells.
     r"(?i:einsum)\w*/kernel$": "oio",
     r"(?i:einsum)(_\w+|\d+)?/kernel$": "iio",
@@ -148,7 +149,8 @@ _NAMES = {
     r"(^|/)out/kernel$": "iio",
     r"(^|/)[ih][fgiorz]?_?/kernel$": "io",  # LSTM and GRU gates: half have no bias
     r"(^|/)lora_[ab]$": "io",
-    r"(^|[/_])embed(ding)?s?$": "oi",
+    r"(^|[/_])embed(ding)?s?$|(^|/)(wte|wpe)$": "oi",  # a row for each token
+    r"(^|/)(cls|mask|class)(_?token)?$": "oi",
     r"(^|/)weight_(ih|hh)$": "oi",
     r"(^|/)(query|key|value|output)_proj/weight$": "oi",
     r"(^|/)weight$": "oiw*",

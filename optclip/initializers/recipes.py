@@ -239,7 +239,7 @@ def mup(base_width: int) -> Preset:
             "head": initializer(readout, "normal", least_rank=2),
             "embedding": normal(1 / math.sqrt(base_width)),
         },
-        needs=("head",),
+        needs=("head", "policy_head", "value_head"),
     )
 
 
@@ -272,4 +272,4 @@ def zero_last(preset: Preset | None = None) -> Preset:
     checks.instance(Preset, preset=preset)
     last = ("head", "policy_head", "value_head", "residual_out", "attention_out")
     draws = {role: ZERO for role in (*last, *(f"{role}_bias" for role in last))}
-    return Preset({**preset.draws, **draws}, needs=("head", "residual_out"))
+    return Preset({**preset.draws, **draws}, needs=last[:-1])

@@ -60,7 +60,13 @@ LAYOUTS = {
     "grouped": "w*io/4",
     "depthwise": "w*io/1024",
 }
-EMBEDDINGS = {"e/embedding": (300, 64), "pos_embedding": (1, 300, 64)}
+EMBEDDINGS = {
+    "e/embedding": (300, 64),
+    "pos_embedding": (1, 300, 64),
+    "wte": (300, 64),
+    "wpe": (300, 64),
+    "cls_token": (1, 1, 64),
+}
 TREE = {
     **{path: shape for path, (shape, *_) in LAYERS.items()},
     **{

@@ -186,3 +186,15 @@ def test_presets_are_joined():
     joined = he_normal() | zero_last()
     assert isinstance(joined, Preset) and repr(joined) == "he_normal() | zero_last()"
     assert not joined["policy_head"](KEY, (3, 3), jnp.float32).any()
+
+
+@pytest.mark.parametrize("preset", [zero_last(), mup(8)], ids=repr)
+def test_the_heads_of_an_actor_critic_are_heads(preset):
+    tree = kernel("torso/kernel", 8, 64) | kernel("actor/kernel", 64, 4)
+    tree |= kernel("critic/kernel", 64, 1)
+    new = drawn(preset, tree)
+    assert new["torso/kernel"].any()
+    heads = np.concatenate([new["actor/kernel"], new["critic/kernel"]], axis=1)
+    # Of mup √8 / 64, and of zero_last 0.
+    most = 0.06 if preset == mup(8) else 0.0
+    assert heads.std() <= most and (most == 0 or heads.std() > most / 2)

@@ -623,3 +623,17 @@ def test_bad_models():
     bad(
         lambda: redraw(narrow, delta_orthogonal(), KEY), "delta_orthogonal", "(3, 8, 4)"
     )
+
+
+def test_a_table_is_drawn_by_rows_whatever_it_is_called():
+    """In the module's type or in its own name; rows have unit length."""
+
+    class Embedder(nnx.Module):
+        def __init__(self) -> None:
+            self.table = nnx.Param(jnp.ones((400, 64)))
+            self.wpe = nnx.Param(jnp.ones((400, 64)))
+
+    model = Embedder()
+    redraw(model, he_normal(), KEY)
+    for table in (model.table, model.wpe):
+        assert np.std(table[...]) == pytest.approx(1 / 8, rel=0.03)
