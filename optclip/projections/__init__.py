@@ -13,12 +13,15 @@ Where to look:
     sorted_sets       the l1 ball and the simplex, which sort
     matrices          sets of matrices by their singular values
     polar             the same by products of matrices (Newton-Schulz)
+    init_sphere       spheres of the norms that leaves started with
+    radii             a radius: a number, one a point, or a tree of them
     intersection      the points of two sets that lie in both
     landing           the arithmetic of `apply_updates`, predicted and steered
     project           `project`: which leaves on which set, at every step
     clip_weights      WGAN's weight clipping
     project_params    parameters projected at once, outside of a chain
     qk_clip           attention heads whose logits grew too large
+    record_max_logits the largest logits, which `qk_clip` needs
 
 `optclip.sets` is the public name of the sets. Nothing here imports from `clipping`.
 """
