@@ -34,8 +34,7 @@ class ClipMetrics(NamedTuple):
         `per_element`.
       steps: how many updates there were, int32; 0 before the first, when size and limit
         are 0 too.
-      clipped_steps: how many of them clipped at least one group, int32. (Under
-        `per_element` a step with a NaN does not count: its largest element is NaN.)
+      clipped_steps: how many of them clipped at least one group, int32.
       nonfinite_steps: how many had a group with NaN, infinity or an overflowing size.
       changed_fraction: of the groups, in [0, 1], that came out larger or smaller at
         this step. None under `per_element`, and for actions that never enlarge: what

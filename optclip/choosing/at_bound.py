@@ -48,8 +48,8 @@ def at_bound(
 
     Raises:
       ValueError: if constraint is no set, does not fit a leaf or remembers something of
-        the run (`init_box`, `intersection`: give the bounds themselves), or `where`
-        selects nothing in a tree that has leaves.
+        the run (`init_box`, `init_sphere`, an `intersection` with one of them: give
+        the bounds themselves), or `where` selects nothing in a tree that has leaves.
 
     >>> import jax.numpy as jnp, optclip
     >>> weights = {"kernel": jnp.array([-0.01, 0.002, 0.01, 0.0])}

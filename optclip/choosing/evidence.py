@@ -83,14 +83,15 @@ def evidence(sizes: np.ndarray) -> tuple[Evidence, np.ndarray]:
     # What is left of a run that was soon lost need not rise at every step.
     rises = rises or (lost and bool(finite.mean() < 0.5))
     growth = levels[-1] - levels[0]
-    diverges = rises and growth > math.log(GROWTH_TO_NAN if lost else GROWTH)
+    diverges = rises and bool(growth > math.log(GROWTH_TO_NAN if lost else GROWTH))
 
     # A start like any other step of a drift is no warm-up.
     warmup = 0 if diverges else _warmup(logs)
     drift, noise, drifts = _drift(logs[warmup:])
     if warmup and drifts:
         warmup, (drift, noise, drifts) = 0, _drift(logs)
-    logs, kept = logs[warmup:], known[warmup:]
+    start = int(np.flatnonzero(known > 0)[warmup - 1]) + 1 if warmup else 0
+    logs, kept = logs[warmup:], known[start:]  # zeros have no logarithm
     above = logs - _local_levels(logs)
     spikes = int((above > max(math.log(SPIKE), SPIKE_NOISE * noise)).sum())
     found = Evidence(

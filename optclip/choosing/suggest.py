@@ -128,10 +128,11 @@ def suggest(
     rule, code = _rule(verdict, case.at.limit, measure)
     sentences = [_SENTENCES[verdict](case, code)]
     if limit is not None:
-        over = float((column[np.isfinite(column)] > limit).mean())
+        known = column[np.isfinite(column)]
+        over = float((known > limit).mean())
         if over == 0 or over >= 0.95:
             verdict = "always binds" if over else "never binds"
-            sentences.insert(0, _binds(case, limit, over))
+            sentences.insert(0, _binds(case.what, limit, over, known.max()))
     text = " ".join([*sentences, *_notes(case, sizes)])
     return Advice(*case.at, verdict, rule, text, code, clip_rate, found)
 
@@ -223,12 +224,12 @@ _SENTENCES = {
 }
 
 
-def _binds(case: _Case, limit: float, over: float) -> str:
+def _binds(what: str, limit: float, over: float, largest: float) -> str:
     """What is wrong with the limit in use, which clips none or nearly all."""
     if not over:
         return (
-            f"A limit of {limit:.3g} never binds: the largest {case.what} is "
-            f"{case.found.largest:.3g}. This limit is decoration."
+            f"A limit of {limit:.3g} never binds: the largest {what} is {largest:.3g}. "
+            "This limit is decoration."
         )
     return (
         f"A limit of {limit:.3g} binds at {_percent(over)} of the steps: your limit is "

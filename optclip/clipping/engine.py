@@ -132,8 +132,8 @@ class Clip:
         if self.threshold.init is not None:
             fresh = [Observation(x, step, groups.names) for x in zeros]
             states = list(map(self.threshold.init, fresh))
-        if groups.groups:  # a bad limit is reported here
-            self.limits(groups, zeros, _Known(states, zeros, step))
+        # A bad limit is reported here.
+        self.limits(groups, zeros, _Known(states, zeros, step))
         limited, elementwise = (
             self.threshold.limit is not None,
             self.grouping.elementwise,
@@ -236,12 +236,8 @@ class Clip:
         if self.threshold.needs_combined:
             combined = combined_size(groups, self.measure, blocks)
         params = known.params or [None] * len(blocks)
-        # An infinite size in a branch that is not chosen would still have an infinite
-        # derivative, and zero times that is NaN.
-        finite = [
-            jnp.where(jnp.isfinite(size), size, jnp.finfo(size.dtype).max)
-            for size in blocks
-        ]
+        # As in `numerics.finite`, without entering another function.
+        finite = [jnp.where(jnp.isfinite(x), x, jnp.finfo(x.dtype).max) for x in blocks]
         return [
             Observation(size, known.step, groups.names, groups.partial, own, combined)
             for size, own in zip(finite, params, strict=True)
@@ -249,7 +245,7 @@ class Clip:
 
     def limits(self, groups: Groups, blocks: Arrays, known: _Known) -> Arrays:
         """The limit of every block: a scalar, or a number for each of its groups."""
-        if self.threshold.limit is None:
+        if self.threshold.limit is None or not groups.groups:
             return [jnp.asarray(jnp.inf, groups.dtype) for _ in blocks]
         states = known.states or [()] * len(blocks)
         seen = self.observations(groups, blocks, known)
@@ -334,6 +330,8 @@ class Clip:
     ) -> list[Any]:
         """The next state of every block, of groups that are finite."""
         assert known.states is not None
+        if not groups.groups:
+            return known.states
         seen = self.observations(groups, blocks, known)
         new = list(map(self.threshold.observe, known.states, seen, limits))
         return list(map(_where_finite, blocks, new, known.states))

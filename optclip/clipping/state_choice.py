@@ -1,4 +1,6 @@
-"""An optimizer's step, or none: every array of the state is chosen where it is made.
+"""An optimizer's step, or zero updates and the old state: what `skip_step` returns.
+
+No copy of the state is made: every array of it is chosen where it is made.
 
 Chosen at the end, `where(skip, old, new)` costs a copy of the state: the updates are
 computed from `new`, so XLA writes it to memory beside the choice. But the updates of a

@@ -7,6 +7,7 @@ A leaf's share of a norm is that of its p-th power, size_i^p / size^p, which sum
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -61,13 +62,16 @@ def _told(past: History) -> list[str]:
     count = len(past.steps)
     if not count:
         return ["No step is recorded yet."]
+    names = tuple(name or "the only leaf" for name in past.names)
+    past = dataclasses.replace(past, names=names)
     bad = ~np.isfinite(past.size) | past.nonfinite.any(axis=1)
     clipped = int(past.clipped.sum())
     steps = f"Steps {past.steps[0]:,} to {past.steps[-1]:,}: {clipped:,} of {count:,}"
     share = f"{100 * clipped / count:.0f} %"
     lines = [f"{steps} clipped ({share}), {int(bad.sum()):,} not finite."]
     rows = np.flatnonzero(past.clipped & ~bad)
-    over = past.size / np.maximum(past.limit, np.finfo(past.limit.dtype).tiny)
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinities
+        over = past.size / np.maximum(past.limit, np.finfo(past.limit.dtype).tiny)
     if not len(rows):  # the largest one, which is 0 over an infinite limit
         rows, over = np.flatnonzero(~bad), past.size
     told = rows[np.argsort(-over[rows], kind="stable")]
@@ -79,11 +83,8 @@ def _told(past: History) -> list[str]:
 
 def _step(past: History, row: int) -> str:
     """The size of a step, its limit, and what made it."""
-    word, size, limit = (
-        _WORDS.get(past.measure, "size"),
-        past.size[row],
-        past.limit[row],
-    )
+    word = _WORDS.get(past.measure, "size")
+    size, limit = past.size[row], past.limit[row]
     against = f" against a limit of {limit:.3g}" if np.isfinite(limit) else ""
     start = f"Step {past.steps[row]:,}: "
     if not past.names:

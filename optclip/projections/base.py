@@ -245,6 +245,8 @@ def bound_array(
 ) -> np.ndarray | jax.Array:
     """One number or array as floats that can be negated, compared and rounded.
 
+    JAX's arrays are not checked: one that may not be negative counts as 0 if it is.
+
     Raises:
       ValueError: if `check` refuses it, or it is an integer that no float can hold.
     """
@@ -261,7 +263,8 @@ def bound_array(
         check(**{name: value})
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         own = value.dtype if floating else jax.dtypes.canonicalize_dtype(np.float64)
-        return value.astype(np.promote_types(own, np.float32))
+        value = value.astype(np.promote_types(own, np.float32))
+        return jnp.maximum(value, 0) if check is checks.non_negative else value
     if isinstance(value, (np.ndarray, np.generic)):
         if jnp.issubdtype(value.dtype, jnp.floating):  # also types that NumPy lacks
             value = np.asarray(value, np.float64)

@@ -125,7 +125,7 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
 
     Weight clipping. The paper's bound is that of a uniform initializer, 1/√fan_in; the
     largest element at init is that bound there, and with kappa >= 1 no initializer's
-    values are clipped at the start. It is kept in the state, one float32 a leaf.
+    values are clipped at the start. It is kept in the state, one number a leaf.
 
     Args:
       kappa: a non-negative number of any type; the paper uses 1 to 5.
@@ -136,9 +136,9 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
       parameter's own values are the start.
 
     Edge cases: a leaf that starts at zero (a bias) has no scale and is left free. One
-    that is abstract at init (`jax.ShapeDtypeStruct`) has the scale NaN, and so do its
-    elements at every step, until a saved state takes the place of that one. Otherwise
-    ±inf goes to the bound, and NaN stays NaN.
+    that starts with NaN or infinity, or is abstract at init (`jax.ShapeDtypeStruct`),
+    has the scale NaN: its elements are NaN from the first step on, unless a saved state
+    takes the place of that one. Otherwise ±inf goes to the bound, and NaN stays NaN.
 
     Raises:
       ValueError: if kappa is negative, NaN or not a number; at init, if a leaf is
@@ -169,14 +169,14 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
         axes = meshes.varying_axes(param) if axes is None else axes
         if axes:
             largest = meshes.largest_across(largest, axes)
-        scale = largest.astype(jnp.float32)
-        return jnp.where(scale == 0, jnp.inf, scale).reshape(1)
+        scale = jnp.where(largest < jnp.inf, largest, jnp.nan)
+        return jnp.where(largest == 0, jnp.inf, scale).reshape(1)
 
     def interval(x: jax.Array, memory: jax.Array) -> Interval:
         # Infinity, not chosen, would still make 0·inf of a kappa or a cotangent of 0.
         free = jnp.isinf(memory[0])
         scale = jnp.where(free, 1, memory[0])
-        reach = jnp.maximum(bound_towards(factor, jnp.float32, 0.0) * scale, 0)
+        reach = bound_towards(factor, memory.dtype, 0.0) * scale
         reach = jnp.where(free, jnp.inf, reach)
         upper = bound_towards(reach, x.dtype, 0.0)
         return Interval(-upper, upper)

@@ -180,7 +180,8 @@ def orthogonal(*, iterations: int | None = None, stacked: Stacked = None) -> Set
         wide = numerics.accumulation_dtype(x.dtype)
         side = max(math.prod(x.shape[n] for n in axes) for axes in sides)
         slack = 4 * float(jnp.finfo(x.dtype).eps) + _error(side, wide)
-        return _largest(x, sides, lambda s: jnp.abs(s - 1), 0) <= slack
+        # Directions that are 0 stay 0.
+        return _largest(x, sides, lambda s: jnp.minimum(s, abs(s - 1)), 0) <= slack
 
     return Set(_sides_of(stacked), as_it_is, project, contains)
 

@@ -69,10 +69,8 @@ def norm_range(
     [[2.1  0.45]
      [2.8  0.6 ]]
     """
-    least, most = (
-        checked_radius(min_value=min_value),
-        checked_radius(max_value=max_value),
-    )
+    least = checked_radius(min_value=min_value)
+    most = checked_radius(max_value=max_value)
     checks.scalar(rate=rate)
     checks.between(0, 1, rate=rate)
     static = isinstance(least, np.ndarray) and isinstance(most, np.ndarray)

@@ -61,7 +61,7 @@ def project(
     Behind an optimizer, in one `jit`: boxes join its pass over memory and keep no
     temporary copy. Sets of norms look twice, so the optimizer's update is written to
     memory, once, and nothing else; `project_params` after `apply_updates` looks at the
-    parameters themselves, and is the cheaper door for them.
+    parameters themselves, and is cheaper for them.
 
     It must be the last: what follows changes the updates again, and a transform cannot
     see what follows it. `optax.chain(optax.adam(1e-3), project(sets.box(-1, 1)))` is

@@ -238,3 +238,10 @@ def test_a_picture(tmp_path: pathlib.Path, capsys: Any):
     status, _, err = run(capsys, str(log), *FIXED, "--plot", str(file))
     assert (status, err) == (0, "")
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_of_a_run_that_diverges(monkeypatch: Any, capsys: Any):
+    rising = "\n".join(str(1.05**step) for step in range(300))
+    monkeypatch.setattr("sys.stdin", io.StringIO(rising))
+    status, out, _ = run(capsys, "-", "--json", *FIXED)
+    assert status == 0 and json.loads(out)["evidence"]["diverges"] is True

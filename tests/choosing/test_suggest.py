@@ -239,3 +239,17 @@ def test_a_run_that_is_soon_lost_diverges():
     sizes = np.full(600, np.nan)
     sizes[:24] = 10.0 ** (np.arange(24) + 4 * (np.arange(24) % 3 == 0))
     assert optclip.suggest(sizes).verdict == "diverges"
+
+
+def test_zeros_before_the_warm_up_are_no_steps_of_it():
+    """Sizes of zero have no logarithm, so that the warm-up is counted without them."""
+    rest = np.exp(0.2 * np.random.default_rng(0).normal(size=1000))
+    warming = np.r_[np.full(100, 50.0), rest]
+    advice = optclip.suggest(np.r_[np.zeros(100), warming])
+    assert advice.limit == optclip.suggest(warming).limit < 2
+
+
+def test_the_largest_norm_of_a_limit_that_never_binds_is_of_all_steps():
+    rest = np.exp(0.2 * np.random.default_rng(0).normal(size=1000))
+    advice = optclip.suggest(np.r_[np.full(100, 50.0), rest], limit=60.0)
+    assert advice.verdict == "never binds" and "is 50." in str(advice)

@@ -216,3 +216,18 @@ def test_two_recorders_in_the_metrics():
     assert {"0/size/a", "1/size/a"} <= set(optclip.metrics(walked(tx), sizes=True))
     with pytest.raises(ValueError, match="short must be False where keys of two clips"):
         optclip.metrics(walked(tx), short=True, sizes=True)
+
+
+@pytest.mark.parametrize(
+    ("tx", "first"),
+    [
+        (optclip.monitor(record=1), np.inf),
+        (optclip.spike_clip(record=1), np.inf),
+        (optclip.clip_by_global_norm(0.0, record=1), 100.0),
+    ],
+    ids=["monitor", "spike_clip", "a limit of 0"],
+)
+def test_an_infinite_step_is_explained_without_a_warning(tx, first):
+    _, state = tx.update(jnp.array([first]), None)
+    said = optclip.explain(state)
+    assert "Step 1: " in said and "the only leaf" in said

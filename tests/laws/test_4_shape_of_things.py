@@ -13,6 +13,8 @@ import numpy as np
 import optax
 import pytest
 
+import optclip
+from optclip import groupings, thresholds
 from tests.laws import trees
 from tests.laws.table import projections, rows
 from tests.laws.trees import Case, combinations
@@ -215,3 +217,26 @@ def test_projections(row):
         given = untyped(tree)
         empty = {} if tree is None else given
         assert_same(tx.update(given, tx.init(given), empty)[0], tree)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{}, {"a": np.arange(3)}, {"a": optax.MaskedNode()}],
+    ids=["dict", "integers", "masked"],
+)
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optclip.clip_by(thresholds.relative_to_params(0.01)),
+        optclip.adaptive_grad_clip(0.3, grouping=groupings.per_leaf()),
+        optclip.clip_by(
+            thresholds.per_path({"a": 1.0}, default=1.0), grouping=groupings.per_leaf()
+        ),
+        optclip.autoclip(grouping=groupings.per_leaf()),
+    ],
+    ids=["whole", "per_leaf", "per_path", "learns"],
+)
+def test_nothing_to_measure_where_limits_need_groups(tx, tree):
+    out, state = tx.update(tree, tx.init(tree), tree)
+    assert_same(out, tree)
+    assert int(state.metrics.steps) == 1 and int(state.metrics.clipped_steps) == 0

@@ -132,3 +132,21 @@ def test_init_box_of_abstract_leaves():
         assert np.all(np.isnan(state.memory)) and not np.any(np.isnan(known.memory))
         updates, _ = tx.update(tree, state, tree)
         assert all(np.all(np.isnan(x)) for x in jax.tree.leaves(updates))
+
+
+def test_init_box_keeps_every_digit_of_a_wide_leaf():
+    """With kappa = 1 the start lies inside, also beyond the range of float32."""
+    with jax.enable_x64(True):
+        for start in (0.7, 1e300):
+            x = jnp.array([start, -start / 3])
+            out = optclip.project_params(x, sets.init_box(), strict=True)
+            np.testing.assert_array_equal(out, x)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_init_box_of_a_start_that_is_not_finite(bad):
+    """It is visible at once, and does not leave the leaf free for ever."""
+    params = {"bad": jnp.array([bad, 1.0]), "good": jnp.array([2.0, 1.0])}
+    tx = optclip.project(sets.init_box())
+    updates, _ = untyped(tx.update)(params, tx.init(params), params)
+    assert np.isnan(updates["bad"]).all() and not np.isnan(updates["good"]).any()

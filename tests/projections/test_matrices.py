@@ -146,3 +146,12 @@ def test_half_precision_leaves_room_for_its_rounding(side, dtype):
         matrix = normal((side, side), seed).astype(dtype) * 2
         largest = singular_values(project(matrix, sets.spectral_ball(1.0)))[0]
         assert largest <= 1
+
+
+def test_orthogonal_contains_what_it_gives():
+    """A bias of zeros has no direction and stays; so does a matrix of rank one."""
+    params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2), "ones": jnp.ones((3, 3))}
+    params = optclip.project_params(params, sets.orthogonal())
+    optclip.project_params(params, sets.orthogonal(), strict=True)
+    with pytest.raises(ValueError, match="must lie in their set"):
+        optclip.project_params({"k": jnp.eye(2) / 2}, sets.orthogonal(), strict=True)

@@ -130,3 +130,22 @@ def test_a_range_without_width_is_hit_and_not_passed():
     onto = optclip.project_params({"kernel": kernel}, sets.norm_range(1.0, 1.0))
     norms = np.linalg.norm(np.asarray(onto["kernel"], np.float64), axis=0)
     assert np.max(np.abs(norms - 1)) <= 1.5 * 2.0**-23
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        sets.l2_ball,
+        sets.max_norm,
+        sets.norm_sphere,
+        sets.linf_ball,
+        sets.l1_ball,
+        lambda most: sets.norm_range(0.0, most),
+    ],
+    ids=["l2_ball", "max_norm", "norm_sphere", "linf_ball", "l1_ball", "norm_range"],
+)
+def test_an_array_below_zero_counts_as_zero(make):
+    """A JAX array is not checked for its sign, and a schedule may end below zero."""
+    x = jnp.array([3.0, 4.0])
+    for radius in (-1e-9, -1.0):
+        assert not optclip.project_params(x, make(jnp.float32(radius))).any()

@@ -39,7 +39,9 @@ from optclip._core.measures import l2
 from optclip._core.public import error, public
 from optclip._core.sizes import sizes_of
 from optclip._core.types import AxisName, Tree
-from optclip.clipping.actions import rescale
+from optclip.clipping.actions import rescale, target_of
+
+_TARGET = target_of(rescale(), nonfinite_value=0.0)
 
 
 @public
@@ -143,17 +145,15 @@ def per_example_layer_norm_clip(
         for leaf, mesh in zip(counted, meshes_of, strict=True)
     ]
     leaves, treedef = jax.tree_util.tree_flatten(grads)
-    sums = list(map(_batch_sum, leaves))
+    sums = {n: _batch_sum(x) for n, x in enumerate(leaves) if n not in known.places}
     counts = [jnp.zeros((), jnp.int32)] * len(leaves)
     budget = numerics.bound_in(global_l2_norm_clip, known.dtype)
     for place, dim, mesh in zip(known.places, dims, meshes_of, strict=True):
         share = 1 / len(dims) if uniform else dim / sum(dims)
         limit = budget * math.sqrt(share)
         sums[place], counts[place] = _clipped_sum(leaves[place], limit, mesh)
-    return (
-        jax.tree_util.tree_unflatten(treedef, sums),
-        jax.tree_util.tree_unflatten(treedef, counts),
-    )
+    totals = [sums[n] for n in range(len(leaves))]
+    return treedef.unflatten(totals), treedef.unflatten(counts)
 
 
 def _check_limit(**named: ArrayLike) -> None:
@@ -192,12 +192,10 @@ def _clipped_sum(
     known, leaves = _gather(grads, axis_name)
     if not known.groups:
         return jax.tree.map(_batch_sum, grads), jnp.zeros((), jnp.int32)
-    limit = numerics.bound_in(clip, known.dtype)
+    limit = jnp.maximum(numerics.bound_in(clip, known.dtype), 0)
     (size,) = sizes_of(known, leaves, l2, limit)
-    finite = jnp.isfinite(size)
-    target = jnp.where(finite, rescale().target(size, limit), 0)
-    clipped = groups.rescaled(known, grads, leaves, [size], [target])
-    count = jnp.sum((size > limit) | ~finite, dtype=jnp.int32)
+    clipped = groups.rescaled(known, grads, leaves, [size], [_TARGET(size, limit)])
+    count = jnp.sum((size > limit) | ~jnp.isfinite(size), dtype=jnp.int32)
     return jax.tree.map(_batch_sum, clipped), count
 
 

@@ -64,7 +64,7 @@ def robust(
       prior_steps: how many sizes the prior counts for.
 
     Returns:
-      The threshold, with `RobustState`: 48 floats a group.
+      The threshold, with `RobustState`: `window` floats a group.
 
     Edge cases: sizes of zero are left out, so that an idle group comes back to its old
     limit.
@@ -154,8 +154,8 @@ def spike_clip(
     hundred at up to 30 % noise, and follows a lasting change of level within 30 steps.
     `thresholds.robust` has the whole equation.
 
-    It takes the usual norm as good. A run whose every step is too large, such as a
-    recurrent network that diverges from the start, needs a fixed limit: an LSTM with a
+    It removes outliers only. If every step is too large, as in a recurrent network
+    that diverges from the start, use a fixed limit: an LSTM with a
     recurrent gain of 2.5 at a learning rate of 0.5 becomes NaN under `spike_clip` and
     trains under `clip_by_global_norm(1.0)`.
 

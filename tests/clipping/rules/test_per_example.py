@@ -315,3 +315,12 @@ def test_gradients_that_jax_sums_over_the_batch_are_no_examples():
     total, _ = SUMS["global"](pairs, C)
     want = np.concatenate([np.ravel(x) for x in total.values()])
     np.testing.assert_allclose(summed, want, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_a_traced_limit_below_zero_counts_as_zero(clip, peer):
+    """What a schedule ends at; a JAX array is not checked for its sign."""
+    grads = {"a": jnp.array([[3.0, 4.0], [0.0, 1.0]])}
+    for limit in (-1e-9, -1.0):
+        total, count = counted(clip(grads, jnp.float32(limit)))
+        assert count == 2 and not total["a"].any()
