@@ -19,7 +19,6 @@ lie inside one leaf: one block a leaf, with reduced axes kept at size 1.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
 
@@ -330,8 +329,12 @@ def per_element() -> Grouping:
 def stack_of(stacked: Stacked, path: str) -> int | None:
     """How many leading axes of a leaf count independent layers; None to find out."""
     if isinstance(stacked, str):
-        return 1 if re.search(stacked, path) else None
-    return None if stacked is None else int(stacked)
+        return 1 if paths.compiled("stacked", stacked).search(path) else None
+    if stacked is None:
+        return None
+    count = int(stacked) if isinstance(stacked, bool) else stacked
+    checks.at_least(0, stacked=count)
+    return int(count)
 
 
 def in_range(name: str, path: str, shape: Shape, axes: Axes) -> tuple[int, ...]:

@@ -124,6 +124,8 @@ def split_form(form: str) -> tuple[str, int]:
     >>> split_form("w*io/8"), split_form("io")
     (('w*io', 8), ('io', 1))
     """
+    if not isinstance(form, str):
+        raise error(f"layouts must be strings such as 'w*io', got {form!r}.")
     letters, slash, count = form.partition("/")
     if slash and not (count.isdecimal() and int(count) > 0):
         raise error(f"layouts must end in a number of parts, if in '/', got {form!r}.")

@@ -160,15 +160,20 @@ def mask(where: Where) -> Callable[[Tree], Tree]:
     return select
 
 
+def compiled(name: str, pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    """A regular expression; raises if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as wrong:
+        raise error(
+            f"{name} must be a regular expression, got {pattern!r} ({wrong})."
+        ) from None
+
+
 def selector(where: Where, name: str = "where") -> Select:
     """A predicate `(path, leaf) -> bool` from any form of `where`."""
     if isinstance(where, (str, re.Pattern)):
-        try:
-            pattern = re.compile(where)
-        except re.error as wrong:
-            raise error(
-                f"{name} must be a regular expression, got {where!r} ({wrong})."
-            ) from None
+        pattern = compiled(name, where)
         return lambda path, leaf: pattern.search(path) is not None
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import csv
 import json
 import math
 import sys
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with naming(NAME, makes=True):
             print(_answer(options))
-    except (OSError, ImportError, ValueError) as wrong:
+    except (OSError, ImportError, ValueError, csv.Error) as wrong:
         print(f"{NAME}: {str(wrong).removeprefix(f'{NAME}: ')}", file=sys.stderr)
         return 2
     return 0

@@ -48,17 +48,20 @@ def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     rows = _rows(lines)
     head = list(itertools.islice(rows, HEAD))
     names = list(dict.fromkeys(name for row in head for name in row))
+    if wanted not in names and (wanted or not any(map(NORM.search, names))):
+        head += rows  # it may begin later
+        names = list(dict.fromkeys(name for row in head for name in row))
     name = _found(names, wanted)
     values, steps, runs = [], [], set()
     stepped = next((other for other in names if other.lower() in STEPS), None)
     for number, row in enumerate(itertools.chain(head, rows), 1):
         cell = row.get(name)
-        if cell is None or cell == "":
+        if _is_empty(cell):
             continue
         values.append(_number(cell, name, number))
         runs.add(row.get("run_id"))
         step = row.get(stepped) if stepped else None
-        if stepped and step not in (None, ""):
+        if stepped and not _is_empty(step):
             steps.append(_number(step, stepped, number))
     if len(runs) > 1:
         raise error(
@@ -69,6 +72,10 @@ def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     if len(steps) == len(values) and np.any(np.diff(steps) < 0):
         found = found[np.argsort(steps, kind="stable")]
     return Column(name, found)
+
+
+def _is_empty(cell: object) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
 def _found(names: list[str], wanted: str | None) -> str:

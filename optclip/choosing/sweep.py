@@ -116,7 +116,9 @@ def sweep(train: Train, limits: Sequence[float] | ArrayLike) -> Sweep:
         if not clips:
             raise error("train must return a state with a clip, got one without.")
         rates = np.max([_rate(clip, len(values)) for clip in clips], axis=0)
-    return Sweep(values, np.asarray(losses), rates)
+    losses = np.asarray(losses)  # NumPy adds bfloat16 up in bfloat16
+    losses = losses.astype(np.promote_types(losses.dtype, np.float32))
+    return Sweep(values, losses, rates)
 
 
 def _rate(clip: ClipMetrics, members: int) -> np.ndarray:

@@ -158,7 +158,9 @@ class Clip:
     ) -> tuple[optax.Updates, Tree]:
         del extra_args
         if state is None:
-            state = self.init(updates if params is None else params)
+            # A leaf without an update has no group.
+            same = jax.tree.structure(params) == jax.tree.structure(updates)
+            state = self.init(params if same and params is not None else updates)
         kind = ClipState if self.recorder is None else RecordedClipState
         if not isinstance(state, kind):
             raise checks.other_state(kind, state)
@@ -249,13 +251,14 @@ class Clip:
             return [jnp.asarray(jnp.inf, groups.dtype) for _ in blocks]
         states = known.states or [()] * len(blocks)
         seen = self.observations(groups, blocks, known)
-        limits = list(map(self.threshold.limit, states, seen))
+        with np.errstate(over="ignore"):  # a limit that no float32 holds is infinite
+            limits = list(map(self.threshold.limit, states, seen))
         for limit, size in zip(limits, blocks, strict=True):
             static = isinstance(limit, (int, float, np.ndarray, np.generic))
             wrong = limit is None or jnp.shape(limit) not in ((), size.shape)
             if wrong or (static and not np.all(np.asarray(limit) >= 0)):
                 checks.limits(size.shape, threshold=limit)
-        with np.errstate(over="ignore"):  # a limit that no float32 holds is infinite
+        with np.errstate(over="ignore"):
             return [jnp.asarray(limit, groups.dtype) for limit in limits]
 
     def refined(
@@ -333,7 +336,8 @@ class Clip:
         if not groups.groups:
             return known.states
         seen = self.observations(groups, blocks, known)
-        new = list(map(self.threshold.observe, known.states, seen, limits))
+        with np.errstate(over="ignore"):
+            new = list(map(self.threshold.observe, known.states, seen, limits))
         return list(map(_where_finite, blocks, new, known.states))
 
     def parts(self, groups: Groups, sizes: Arrays, met: list[Any]) -> jax.Array:

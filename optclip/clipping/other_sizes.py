@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip._core import checks, meshes, paths
+from optclip._core import checks, meshes, numerics, paths
 from optclip._core.groupings import Grouping
 from optclip._core.groups import Arrays, Groups, by_block, by_group, gather
 from optclip._core.measures import MAX, Combine, Measure, joined
@@ -23,15 +23,19 @@ from optclip._core.types import Tree
 def combined_size(groups: Groups, measure: Measure, blocks: Arrays) -> jax.Array:
     """The size of the union of all groups that are finite: the others touch no limit.
 
-    Sizes are divided by a power of two near the largest first, which rounds nothing, so
-    that it is right wherever it is representable.
+    Sizes are divided by a power of two near the largest first, which rounds nothing (or
+    by the largest, where summands are powers above squares), so that it is right
+    wherever it is representable.
     """
     if not groups.groups:
         return jnp.zeros((), groups.dtype)
     sizes = [
         jnp.where(jnp.isfinite(size), size, 0) for size in by_group(groups, blocks)
     ]
-    unit = power_of_two(_union(MAX, sizes))
+    largest = _union(MAX, sizes)
+    unit = power_of_two(largest)
+    if measure.power is not None and measure.power > 2:  # powers of 0.5 would vanish
+        unit = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
     counts = [group.count for group in groups.groups]
     summands = [
         measure.map(size / unit) * (count if measure.averages else 1)
@@ -109,5 +113,10 @@ def _like(updates: optax.Updates, params: optax.Params, groups: Groups) -> Tree:
         own, update = jnp.asarray(found[place]), jnp.asarray(flat[place])
         if own.shape != update.shape:
             raise checks.other_shape(paths.spelled(updates)[place], own, update)
+        if not numerics.is_measured(found[place]):
+            raise error(
+                f"params must be floating-point where updates are, got {own.dtype} at "
+                f"{str(paths.spelled(updates)[place])!r}."
+            )
         flat[place] = found[place]
     return jax.tree_util.tree_unflatten(treedef, flat)

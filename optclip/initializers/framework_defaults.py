@@ -105,7 +105,7 @@ def torch_default() -> Preset:
     PyTorch's defaults: https://docs.pytorch.org/docs/stable/nn.html.
     """
     by_fan_in = presets.FromFanIn(
-        caller(), lambda fan_in: _symmetric_uniform(1 / math.sqrt(fan_in))
+        caller(), lambda fan_in: _symmetric_uniform(1 / math.sqrt(max(fan_in, 1)))
     )
     # The three are drawn as one matrix with three times as many outputs.
     third = presets.scaled(0.5, "fan_avg", "uniform")

@@ -58,6 +58,7 @@ def layer(
     >>> sorted(linen.layer(he_normal(), "head"))
     ['bias_init', 'kernel_init']
     """
+    checks.instance(Preset, preset=preset)
     checks.known(("attention", "norm", "cell", *ROLES), role=role)
     if fan_in is not None:
         checks.at_least(1, fan_in=fan_in)

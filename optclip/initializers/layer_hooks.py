@@ -123,6 +123,9 @@ def _intercepted(
     # A child module's parameters are a mapping; a box around an array is not.
     if all(hasattr(value, "keys") for value in own.values()):
         return out
+    # What only hands out its parameters is no layer, as in `OptimizedLSTMCell`.
+    if {*map(id, jax.tree.leaves(out))} <= {*map(id, jax.tree.leaves(own))}:
+        return out
     path = "/".join(context.module.path)
     suffix = "" if context.method_name == "__call__" else f".{context.method_name}"
     return _hooked(hook, path + suffix, out)

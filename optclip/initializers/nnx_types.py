@@ -58,7 +58,7 @@ def _kernel_form(node: nnx.Module) -> str | None:
         stack, inputs, outputs = node.batch_axis, node.in_features, node.out_features
         return "s" * len(stack) + "i" * len(inputs) + "o" * len(outputs)
     if isinstance(node, nnx.Conv):
-        return f"w*io/{node.feature_group_count}"
+        return "w" * len(node.kernel_size) + f"io/{node.feature_group_count}"
     if isinstance(node, nnx.ConvTranspose):
-        return "w*oi" if node.transpose_kernel else "w*io"
+        return "w" * len(node.kernel_size) + ("oi" if node.transpose_kernel else "io")
     return None

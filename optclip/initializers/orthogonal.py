@@ -159,8 +159,7 @@ def _identity(gain: float) -> Preset:
 
     def init(key: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
         centre = tuple(size // 2 for size in shape[:-2])
-        return (
-            jnp.zeros(shape, dtype).at[centre].set(gain * jnp.eye(shape[-2], shape[-1]))
-        )
+        one = (gain * jnp.eye(shape[-2], shape[-1])).astype(dtype)
+        return jnp.zeros(shape, dtype).at[centre].set(one)
 
     return by_fans(initializer(init, "identity", least_rank=2))

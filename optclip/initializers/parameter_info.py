@@ -156,7 +156,7 @@ def _matches(
     """By path, the first pattern that is found in it, and what the pattern gives."""
     found: dict[str, tuple[str, Any]] = {}
     for pattern, given in patterns.items():
-        at = [path for path in spelled if re.search(pattern, path)]
+        at = list(filter(paths.compiled(argument, pattern).search, spelled))
         if not at:
             raise error(
                 f"{argument} must be patterns found in some path, got {pattern!r}, "

@@ -178,7 +178,9 @@ def _kernel_role(path: str, known: Parameters) -> str:
         return "attention_out"
     if re.fullmatch(_POLICY, layer):
         return "policy_head"
-    if re.fullmatch(_VALUE, layer) and not attends and known.shapes[path][-1] == 1:
+    outputs = known.layout(path).outputs
+    one_output = outputs and all(known.shapes[path][axis] == 1 for axis in outputs)
+    if re.fullmatch(_VALUE, layer) and not attends and one_output:
         return "value_head"
     for role, pattern in _LAYERS.items():
         # Without a query beside it, `value` or `key` is any layer of that name.

@@ -90,7 +90,9 @@ def _step(past: History, row: int) -> str:
     if not past.names:
         return f"{start}{word} {size:.3g}{against}."
     if past.parts != "leaves":
-        own = past.names[int(np.argmin(abs(past.sizes[row] - size)))]
+        apart = abs(past.sizes[row] - size)  # several may be of that size
+        some = np.flatnonzero(apart == apart.min())[:_MOST]
+        own = " or ".join(past.names[column] for column in some)
         own = f"a unit of {own}" if past.parts == "units" else own
         return f"{start}{own} had {word} {size:.3g}{against}."
     column = int(np.argmax(past.sizes[row]))

@@ -137,7 +137,15 @@ def pairs(new: Node, old: Node) -> list[tuple[Part, Node]]:
             [part for part in wanted if part.node.path not in found],
             [node for node in nodes if node.path not in used and _under(own, node)],
         )
-    return [(part, found[p]) for part in parts if (p := part.node.path) in found]
+    kept = [part for part in parts if part.node.path in found]
+    # Recorded steps are counted by the metrics beside them: without these they are of
+    # another count.
+    return [
+        (part, found[path])
+        for part in kept
+        if (path := part.node.path)[:-1] in found
+        or not isinstance(part.node.value, RecorderState)
+    ]
 
 
 def _longest(labels: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -152,6 +152,7 @@ def extent_of(grouping: Grouping, axis_name: AxisName = None) -> ExtentOf:
     Raises:
       ValueError: if groups extend over several leaves.
     """
+    checks.instance(Grouping, grouping=grouping)
     if grouping.label not in (None, groupings.by_number):
         raise error(
             "grouping must lie within leaves (per_leaf, per_unit, "

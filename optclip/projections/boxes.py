@@ -61,6 +61,12 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Set:
     """
     low, high = bound_array(lower=lower), bound_array(upper=upper)
     static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
+    try:
+        np.broadcast_shapes(low.shape, high.shape)
+    except ValueError:
+        raise error(
+            f"lower and upper must broadcast, got shapes {low.shape} and {high.shape}."
+        ) from None
     if static and np.any(low > high):
         raise error(f"lower must not be above upper, got {low} and {high}.")
     return _interval(lambda path: (low, high))
@@ -114,7 +120,8 @@ def linf_ball(radius: Radius) -> Set:
     [-0.5  0.2]
     """
     reach_of = by_path(checks.non_negative, radius=radius)
-    return _interval(lambda path: (-(reach := reach_of(path)), reach))
+    named = "radius", "radius"
+    return _interval(lambda path: (-(reach := reach_of(path)), reach), *named)
 
 
 @public
@@ -191,7 +198,11 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
     return Set(extent, as_it_is, project, contains, init)
 
 
-def _interval(ends_of: Callable[[str], tuple[Bound, Bound]]) -> Set:
+def _interval(
+    ends_of: Callable[[str], tuple[Bound, Bound]],
+    least: str = "lower",
+    most: str = "upper",
+) -> Set:
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Interval:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise not_real(path)
@@ -199,7 +210,7 @@ def _interval(ends_of: Callable[[str], tuple[Bound, Bound]]) -> Set:
         static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
         inward = static_bound if static else bound_towards
         ends = []
-        for name, bound, toward in (("lower", low, np.inf), ("upper", high, -np.inf)):
+        for name, bound, toward in ((least, low, np.inf), (most, high, -np.inf)):
             if bound.ndim and not broadcasts(bound.shape, leaf.shape):
                 raise error(
                     f"{name} must broadcast against every leaf, got shape "

@@ -264,7 +264,7 @@ def sets_by_path(constraint: Constraint) -> SetOf:
 
     def set_of(path: str) -> Set:
         found = lookup(path)
-        if found is leaves:
+        if not isinstance(found, Set):
             raise error(
                 f"constraint must cover every leaf, got none for {path!r} (it has "
                 f"{paths.some([path for path, _ in leaves])}); where= chooses leaves, "

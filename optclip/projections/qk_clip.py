@@ -122,7 +122,10 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
             # A frozen parameter has no update, or MaskedNode for one.
             if path in index and path in values:
                 number, p = index[path], jnp.asarray(values[path])
-                flat[number] = _rescaled(p, jnp.asarray(flat[number]), factor)
+                u = jnp.asarray(flat[number])
+                if p.shape != u.shape:
+                    raise checks.other_shape(path, p, u)
+                flat[number] = _rescaled(p, u, factor)
         moved = jax.tree_util.tree_unflatten(treedef, flat)
         return moved, optax.EmptyState() if state is None else state
 
@@ -160,7 +163,13 @@ def _factors(
             f"max_logits must be the same for every copy of a kernel, got some that "
             f"vary over {axes} at {module!r}; take jax.lax.pmax over it."
         )
-    heads, key_heads = kernel[-2], jnp.shape(values[f"{inside}key/kernel"])[-2]
+    key = jnp.shape(values[f"{inside}key/kernel"])
+    if len(kernel) < 3 or len(key) != len(kernel) or kernel[-2] % key[-2]:
+        raise error(
+            "query and key must have kernels (…, features, heads, head_dim) whose "
+            f"numbers of heads divide, got {kernel} and {key} at {module!r}."
+        )
+    heads, key_heads = kernel[-2], key[-2]
     # One number a head, for each of the axes that count stacked layers.
     stack = largest.ndim - 1
     fits = 0 <= stack <= len(kernel) - 3 and largest.shape == (*kernel[:stack], heads)

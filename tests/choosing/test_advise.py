@@ -245,3 +245,21 @@ def test_json_of_a_run_that_diverges(monkeypatch: Any, capsys: Any):
     monkeypatch.setattr("sys.stdin", io.StringIO(rising))
     status, out, _ = run(capsys, "-", "--json", *FIXED)
     assert status == 0 and json.loads(out)["evidence"]["diverges"] is True
+
+
+@pytest.mark.parametrize("wanted", [None, "grad_norm"])
+def test_a_column_may_begin_after_other_numbers(wanted: str | None):
+    rows = [json.dumps({"accuracy": x}) for x in range(1500)]
+    rows += [json.dumps({"grad_norm": x}) for x in NORMS]
+    assert read_column(rows, wanted).values.tolist() == NORMS
+
+
+def test_blank_cells_are_steps_without_a_log():
+    rows = ["step, grad_norm", "1, 2.5", "2, ", "3, 3.5", " , 4.5"]
+    assert read_column(rows).values.tolist() == [2.5, 3.5, 4.5]
+
+
+def test_a_cell_that_never_ends(monkeypatch: Any, capsys: Any):
+    monkeypatch.setattr("sys.stdin", io.StringIO('a,b\n"' + 200_000 * "1"))
+    status, _, err = run(capsys, "-")
+    assert status == 2 and "field" in err

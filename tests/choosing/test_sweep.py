@@ -108,3 +108,10 @@ def test_it_is_traced_once():
 def test_nonsense(training: Any, limits: Any, message: str):
     with pytest.raises(ValueError, match=f"sweep: {message}"):
         optclip.sweep(training, limits)
+
+
+def test_losses_in_bfloat16_are_averaged_in_float32():
+    """A sum of thousands of twos stops at 512 in bfloat16."""
+    found = optclip.sweep(lambda c: jnp.full(10_000, 2, jnp.bfloat16), [1.0])
+    assert found.losses.dtype == np.float32 and found.final == [2.0]
+    assert "2" in str(found)

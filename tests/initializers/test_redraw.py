@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optclip._core import paths as _paths
 from optclip.initializers import (
     delta_orthogonal,
+    dirac,
     gain,
     gpt2,
     he_normal,
@@ -637,3 +638,52 @@ def test_a_table_is_drawn_by_rows_whatever_it_is_called():
     redraw(model, he_normal(), KEY)
     for table in (model.table, model.wpe):
         assert np.std(table[...]) == pytest.approx(1 / 8, rel=0.03)
+
+
+def test_a_critic_of_equinox_has_its_outputs_first():
+    shapes = {"critic": (1, 64), "actor": (4, 64)}
+    tree = {name: {"weight": jnp.ones(shape)} for name, shape in shapes.items()}
+    assert roles_of(tree)["critic/weight"].role == "value_head"
+    wide = {"critic": {"weight": jnp.ones((64, 1))}}
+    assert roles_of(wide)["critic/weight"].role == "kernel"
+
+
+def test_stacked_convolutions_without_a_bias_are_layers_apart():
+    """What an NNX convolution has as its window is no guess."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(key):
+        return nnx.Conv(16, 16, (3, 3), use_bias=False, rngs=nnx.Rngs(key))
+
+    model = stack(jax.random.split(KEY, 6))
+    redraw(model, he_normal(), KEY)
+    assert np.std(model.kernel[...]) == pytest.approx((2 / 144) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("preset", [identity(), dirac()], ids=repr)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64], ids=str)
+def test_ones_in_every_dtype_beside_64_bits(preset, dtype):
+    with jax.enable_x64(True):
+        out = preset(KEY, (3, 2, 2), dtype)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out[1].astype(np.float32), np.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rules": {"fc[": None}}, "rules must be a regular expression"),
+        ({"layouts": {"fc[": "io"}}, "layouts must be a regular expression"),
+        ({"stacked": "("}, "stacked must be a regular expression"),
+        ({"layouts": {"kernel": 3}}, "layouts must be strings"),
+    ],
+)
+def test_what_is_no_pattern_or_form_is_named(options, says):
+    with pytest.raises(ValueError, match=f"redraw: {says}"):
+        redraw({"fc/kernel": jnp.ones((2, 2))}, he_normal(), KEY, **options)
+
+
+@pytest.mark.parametrize("door", [linen, nnx_door])
+def test_a_layer_asks_for_a_preset(door):
+    with pytest.raises(ValueError, match="preset must be a Preset of optclip"):
+        door.layer(untyped(he_normal))

@@ -446,3 +446,19 @@ def test_bad_input(call, words, params):
         call(redraw(params, he_normal(), KEY))
     for word in words:
         assert word in str(error.value), error.value
+
+
+def test_what_only_hands_out_its_parameters_is_no_layer():
+    """The dense parts of this cell return their kernels, for one product of all."""
+    cells, head = nn.RNN(nn.OptimizedLSTMCell(4)), nn.Dense(3)
+    model, x = nn.Sequential([cells, head]), jnp.ones((2, 3, 4))
+    params = model.init(jax.random.key(0), x)
+    report = signal_report(model, params, x, mean_square)
+    assert [row.layer for row in report.rows] == ["layers_1"]
+    scaled = lsuv(model, x, params)
+    kept = {str(path) for path, _ in _paths.leaves(params) if "layers_1" not in path}
+    new = {str(path): leaf for path, leaf in _paths.leaves(scaled)}
+    for path, leaf in _paths.leaves(params):
+        assert (path in kept) == np.array_equal(leaf, new[path]) or path.endswith(
+            "bias"
+        )

@@ -573,3 +573,16 @@ def test_a_recorder_comes_and_goes():
         adopted = adopt_state(other, recorded)
         assert adopted.kept == ("threshold", "metrics")
         assert adopted.state.recorder.steps.sum() == 0
+
+
+def test_recorded_steps_of_another_count_are_left():
+    """Where the rule's counter starts anew, old steps would mix with new ones."""
+    grads, adam = jnp.array([3.0, 4.0]), optax.scale_by_adam()
+    old = optax.chain(optclip.spike_clip(record=4), adam)
+    state = old.init(grads)
+    for _ in range(6):
+        _, state = old.update(grads, state)
+    tx = optax.chain(optclip.clip_by_global_norm(1.0, record=4), adam)
+    adopted = untyped(optclip.adopt_state(tx.init(grads), state))
+    _, adopted = tx.update(grads, adopted.state)
+    assert untyped(optclip.history(adopted)).steps.tolist() == [1]

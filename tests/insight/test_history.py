@@ -231,3 +231,11 @@ def test_an_infinite_step_is_explained_without_a_warning(tx, first):
     _, state = tx.update(jnp.array([first]), None)
     said = optclip.explain(state)
     assert "Step 1: " in said and "the only leaf" in said
+
+
+def test_groups_of_one_size_are_all_named():
+    """The recorder has the limit of the one that is furthest over, not which it is."""
+    limits = optclip.thresholds.per_path({"a": 10.0, "b": 1.0})
+    tx = untyped(optclip.clip_by(limits, grouping=groupings.per_leaf(), record=4))
+    _, state = tx.update({"a": jnp.array([5.0]), "b": jnp.array([5.0])}, None)
+    assert "a or b had norm 5 against a limit of 1" in optclip.explain(state)

@@ -247,3 +247,35 @@ def test_eager_updates_compile_nothing_new(constraint, every):
     assert counts[-1] == counts[2]
     jax.jit(lambda x: x + counts[-1])(1.0)
     assert len(LOWERED) > counts[-1], "what is counted"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: optclip.project({"a": sets.box(-1, 1), "b": optax.MaskedNode()}),
+            "constraint must cover every leaf",
+        ),
+        (
+            lambda: sets.l2_ball(1.0, grouping=untyped(optclip.groupings.per_leaf)),
+            "l2_ball: grouping must be a Grouping of optclip",
+        ),
+        (
+            lambda: sets.box(np.zeros(2), np.ones(3)),
+            r"box: lower and upper must broadcast, got shapes \(2,\) and \(3,\)",
+        ),
+        (
+            lambda: optclip.project(sets.linf_ball(np.ones(3))),
+            "radius must broadcast against every leaf",
+        ),
+        (
+            lambda: optclip.project(sets.spectral_ball(1.0, stacked="(")),
+            "stacked must be a regular expression",
+        ),
+    ],
+    ids=["hole", "grouping", "bounds", "radius", "stacked"],
+)
+def test_what_does_not_fit_is_named(make, says):
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match=says):
+        make().init(params)

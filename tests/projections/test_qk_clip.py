@@ -302,3 +302,25 @@ def test_bad_logits(params, recorded, says):
     with pytest.raises(ValueError, match="qk_clip: ") as error:
         clipped(params, recorded, 1.0)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [((8, 4, 2), (8, 2)), ((8, 6, 2), (8, 4, 2)), ((8,), (8,))],
+    ids=["no heads", "do not divide", "vectors"],
+)
+def test_kernels_that_do_not_fit_each_other(query, key):
+    params = {"query": {"kernel": jnp.ones(query)}, "key": {"kernel": jnp.ones(key)}}
+    with pytest.raises(ValueError, match="numbers of heads divide"):
+        untyped(optclip.qk_clip(1.0)).update(
+            params, None, params, max_logits={"": jnp.ones(4)}
+        )
+
+
+def test_updates_of_another_shape():
+    params = {name: {"kernel": jnp.ones((3, 2, 1))} for name in ("query", "key")}
+    updates = {name: {"kernel": jnp.ones((1, 2, 1))} for name in ("query", "key")}
+    with pytest.raises(ValueError, match="params must have the shapes of updates"):
+        untyped(optclip.qk_clip(1.0)).update(
+            updates, None, params, max_logits={"": jnp.array([2.0, 2.0])}
+        )

@@ -90,7 +90,7 @@ def ema_multiple(
     def limit(state: AverageState, observation: Observation) -> jax.Array:
         size, combined = observation.size, observation.combined
         assert combined is not None  # the engine gives what `needs_combined` asks for
-        norm = jnp.asarray(warmup_norm, size.dtype)
+        norm = numerics.finite(jnp.asarray(warmup_norm, size.dtype))
         # In this order: norm / combined may be too small for a normal number. Only a
         # group that is not finite, which `combined` leaves out, is larger than that.
         whole = jnp.where(combined > 0, combined, 1)

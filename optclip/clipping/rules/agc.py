@@ -7,6 +7,8 @@ The parameters' sizes take one pass over the parameters, beside that over the up
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -56,7 +58,12 @@ def relative_to_params(ratio: Limit, eps: ArrayLike = 1e-3) -> Threshold[tuple[(
         dtype, params = observation.size.dtype, observation.params
         assert params is not None  # the engine gives what `needs_params` asks for
         share = jnp.asarray(at_step(ratio, observation.step), dtype)
-        return share * jnp.maximum(params, jnp.asarray(numerics.as_float(eps), dtype))
+        floor = jnp.maximum(params, jnp.asarray(numerics.as_float(eps), dtype))
+        if isinstance(ratio, (int, float)) and ratio < math.inf:
+            return share * floor
+        # An infinite share limits nothing, not even where the floor is 0.
+        known = jnp.minimum(share, jnp.finfo(dtype).max)
+        return jnp.where(share == jnp.inf, share, known * floor)
 
     return Threshold(limit, needs_params=True)
 

@@ -13,6 +13,7 @@ vary by ratios. The benchmarks page has the numbers.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -101,7 +102,10 @@ def robust(
         # 1.4826 makes the median deviation of a normal law its standard deviation.
         known = count * jnp.asarray(1.4826, dtype) * deviation
         spread = (known + weight * prior) / jnp.maximum(count + weight, 1)
-        return jnp.where(count > 0, jnp.exp(centre + bar * spread), jnp.inf)
+        power = centre + bar * spread
+        most = 0.999 * math.log(float(jnp.finfo(dtype).max))  # beyond it no limit
+        limited = (count > 0) & (power < most)
+        return jnp.where(limited, jnp.exp(jnp.minimum(power, most)), jnp.inf)
 
     return Threshold(limit, init, learn)
 

@@ -144,8 +144,8 @@ def clip(max_delta: Limit) -> optax.GradientTransformationExtraArgs:
 def _check_interval(min_value: Any, max_value: Any) -> None:
     for name, bound in (("min_value", min_value), ("max_value", max_value)):
         if bound is not None and not callable(bound):
-            checks.scalar(**{name: bound})
             checks.real(**{name: bound})
+            checks.scalar(**{name: bound})
     static = (int, float, np.generic, np.ndarray)
     known = all(isinstance(bound, static) for bound in (min_value, max_value))
     if known and min_value > max_value:
@@ -170,7 +170,7 @@ def _within_modulus(path: str, x: jax.Array, max_delta: ArrayLike) -> jax.Array:
     bound = jnp.maximum(bound, jnp.zeros_like(bound))
     if not jnp.iscomplexobj(x):
         return _clamped(x, -bound, bound)
-    lost = jnp.isnan(x.real) | jnp.isnan(x.imag)
+    given, lost = x, jnp.isnan(x.real) | jnp.isnan(x.imag) | jnp.isnan(bound)
     # An infinite component is a direction: a finite one beside it adds nothing.
     infinite = jnp.isinf(x.real) | jnp.isinf(x.imag)
     x = jax.lax.complex(
@@ -184,9 +184,10 @@ def _within_modulus(path: str, x: jax.Array, max_delta: ArrayLike) -> jax.Array:
     # Where the modulus of two finite parts overflows, only the direction counts.
     x = jnp.where(over & jnp.isinf(size), x / 4, x)
     size = jnp.where(over, jnp.abs(x), size)
-    target = jnp.where(over, bound, size)
+    target = jnp.where(over, numerics.finite(bound), size)
+    scaled = numerics.scale_by(x, numerics.factor(size, target))
     # NaN stays, beside an infinity too; a bound of 0 would make it zero.
-    return jnp.where(lost, jnp.nan, numerics.scale_by(x, numerics.factor(size, target)))
+    return jnp.where(lost, jnp.nan, jnp.where(bound == jnp.inf, given, scaled))
 
 
 def _between(

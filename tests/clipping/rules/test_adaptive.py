@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import optclip
-from optclip import groupings, thresholds
+from optclip import groupings, measures, thresholds
 from tests.laws.trees import in_x64
 from tests.oracles import adaptive
 from tests.untyped import untyped
@@ -755,3 +755,91 @@ def test_agc_leaves_the_head_of_an_nnx_model():
     nnx.jit(lambda m, o, g: o.update(m, g) and None)(model, optimizer, gradient)
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     check_exclusion(nnx.to_pure_dict(gradient), before, after)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"w": jnp.array([3]), "b": jnp.array([4.0])},
+        {"w": jnp.array([3]), "b": jnp.array([4])},
+        {"w": jnp.array([3.0]), "b": True},
+    ],
+)
+@pytest.mark.parametrize("grouping", [groupings.whole(), groupings.per_unit()])
+def test_parameters_without_a_magnitude_are_named(grouping, params):
+    updates = {"w": jnp.array([3.0]), "b": jnp.array([4.0])}
+    params["b"] = jnp.reshape(jnp.asarray(params["b"]), (1,))
+    tx = optclip.clip_by(thresholds.relative_to_params(0.5), grouping=grouping)
+    with pytest.raises(ValueError, match="params must be floating-point where"):
+        tx.update(updates, tx.init(updates), params)
+
+
+def test_an_infinite_share_of_zero_limits_nothing():
+    share = thresholds.relative_to_params(np.inf, eps=0.0)
+    ones = jnp.ones(2)
+    out, _ = untyped(optclip.clip_by(share)).update(ones, None, jnp.zeros(2))
+    np.testing.assert_array_equal(out, ones)
+    later = thresholds.relative_to_params(
+        lambda step: jnp.where(jnp.asarray(step) < 1, jnp.inf, 0.5), eps=0.0
+    )
+    tx = untyped(optclip.clip_by(later))
+    out, state = tx.update(ones, None, jnp.zeros(2))
+    np.testing.assert_array_equal(out, ones)
+    out, _ = tx.update(ones, state, jnp.zeros(2))
+    assert not out.any()
+
+
+def test_adagc_without_a_clip_while_it_warms_up_has_derivatives():
+    tx = optclip.adagc(absolute=np.inf)
+    grads = jnp.array([3.0, 4.0])
+    slope = jax.grad(lambda g: untyped(tx.update(g, tx.init(g))[0]).sum())(grads)
+    np.testing.assert_array_equal(slope, [1, 1])
+
+
+def test_the_warm_up_of_adagc_by_a_norm_of_many_powers():
+    tx = untyped(optclip.adagc(measure=measures.lp(150)))
+    out, _ = tx.update(jnp.array([4.0]), None)
+    np.testing.assert_allclose(out, [1.0], rtol=1e-6)
+
+
+def test_a_limit_that_overflows_has_derivatives():
+    tx = optclip.spike_clip(z=10.0)
+
+    def twice(first):
+        _, state = tx.update(first, tx.init(first))
+        return untyped(tx.update(first, state)[0]).sum() * 1e-30
+
+    assert np.isfinite(jax.grad(twice)(jnp.array([1e38]))).all()
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optclip.zclip(max_norm=1e39),
+        optclip.clip_by_norm(lambda step: 1e39),
+        optclip.clip_by(thresholds.tightest(thresholds.constant(1e39))),
+        optclip.adaptive_grad_clip(1e39),
+    ],
+    ids=["zclip", "schedule", "tightest", "adaptive_grad_clip"],
+)
+def test_a_limit_beyond_float32_warns_of_nothing(tx):
+    ones = jnp.ones((2, 2))
+    out, state = tx.update(ones, tx.init(ones), ones)
+    out, _ = tx.update(out, state, ones)
+    np.testing.assert_array_equal(out, ones)
+
+
+def test_no_state_where_some_parameters_have_no_update():
+    ones = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    for tx in (optclip.zclip(grouping=groupings.per_leaf()), optclip.monitor(record=2)):
+        out, _ = untyped(tx.update)({"a": jnp.ones(2), "b": None}, None, ones)
+        np.testing.assert_array_equal(out["a"], ones["a"])
+
+
+@pytest.mark.parametrize(
+    ("stacked", "says"), [(-1, "at least 0"), ("[", "regular expression")]
+)
+def test_stacked_is_checked(stacked, says):
+    tx = optclip.clip_by(1.0, grouping=groupings.per_unit(stacked=stacked))
+    with pytest.raises(ValueError, match=f"stacked must be .*{says}"):
+        tx.init({"kernel": jnp.ones((2, 3))})

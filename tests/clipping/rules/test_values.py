@@ -172,3 +172,24 @@ def test_a_modulus_beyond_the_range_keeps_its_direction(magnitude):
     bound = np.float32(0.5 * magnitude)
     out = untyped(optclip.clip_by_value(bound)).update(x, None)[0]
     np.testing.assert_allclose(out, bound * np.sqrt(0.5) * (1 - 1j), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bound", [np.inf, 1e39])
+def test_complex_numbers_under_an_infinite_bound_keep_their_bits(bound):
+    parts = jnp.array([[np.inf, 1.0, -np.inf, 3e38], [2.0, 2.0, -np.inf, 3e38]])
+    x = jax.lax.complex(*parts)
+    out, _ = untyped(optclip.clip_by_value(bound)).update(x, None)
+    np.testing.assert_array_equal(out.real, x.real)
+    np.testing.assert_array_equal(out.imag, x.imag)
+
+
+def test_complex_zero_under_a_bound_of_nan():
+    x = jnp.zeros(1, jnp.complex64)
+    tx = untyped(optclip.clip_by_value(jnp.array(jnp.nan)))
+    assert np.isnan(tx.update(x, None)[0]).all()
+
+
+@pytest.mark.parametrize("bad", ["1", [1.0]])
+def test_a_bound_that_is_no_number_is_named(bad):
+    with pytest.raises(ValueError, match="clip_by_value: min_value must be"):
+        optclip.clip_by_value(min_value=bad)
