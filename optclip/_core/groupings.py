@@ -237,8 +237,9 @@ def per_matrix(stacked: Stacked = None) -> Grouping:
       The grouping.
 
     Raises:
-      ValueError: inside `shard_map`, if a leaf varies over a mesh axis and `axis_name`
-        does not say whether matrices do.
+      ValueError: if stacked is negative or no regular expression; inside `shard_map`,
+        if a leaf varies over a mesh axis and `axis_name` does not say whether matrices
+        do.
 
     >>> import jax.numpy as jnp, optclip
     >>> experts = {"experts": jnp.array([[[3.0], [4.0]], [[0.3], [0.4]]])}
@@ -248,10 +249,10 @@ def per_matrix(stacked: Stacked = None) -> Grouping:
     [[0.6 0.8]
      [0.3 0.4]]
     """
+    count = stack_of(stacked)
 
     def reduced(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
-        known = stack_of(stacked, path)
-        stack = layouts.layout(path, shapes, stacked=known, unnamed="io").stack
+        stack = layouts.layout(path, shapes, stacked=count(path), unnamed="io").stack
         return tuple(axis for axis in range(len(shape)) if axis not in stack)
 
     return Grouping(reduced, None, sums=None)
@@ -281,9 +282,10 @@ def per_unit(
       The grouping.
 
     Raises:
-      ValueError: if axes are no integers; at init or update, if an axis is out of range
-        for a leaf (the message names its path); inside `shard_map`, if a leaf varies
-        over a mesh axis and `axis_name` does not say whether units do.
+      ValueError: if axes are no integers, or stacked is negative or no regular
+        expression; at init or update, if an axis is out of range for a leaf (the
+        message names its path); inside `shard_map`, if a leaf varies over a mesh axis
+        and `axis_name` does not say whether units do.
 
     >>> import jax.numpy as jnp, optclip
     >>> tx = optclip.clip_by(1.0, grouping=per_unit())
@@ -294,6 +296,7 @@ def per_unit(
     """
     for own in axes.values() if isinstance(axes, Mapping) else (axes,):
         checks.axes(axes=own)
+    count = stack_of(stacked)
 
     @naming(caller())
     def reduced(path: str, shape: Shape, shapes: Shapes) -> tuple[int, ...]:
@@ -302,7 +305,7 @@ def per_unit(
         )
         if chosen is not None:
             return in_range("axes", path, shapes[path], chosen)
-        layout = layouts.layout(path, shapes, stacked=stack_of(stacked, path))
+        layout = layouts.layout(path, shapes, stacked=count(path))
         return layout.unit_axes(shape)
 
     return Grouping(reduced, None, sums=None)
@@ -326,15 +329,15 @@ def per_element() -> Grouping:
     return Grouping(lambda path, shape, shapes: (), None, sums=False)
 
 
-def stack_of(stacked: Stacked, path: str) -> int | None:
+def stack_of(stacked: Stacked) -> Callable[[str], int | None]:
     """How many leading axes of a leaf count independent layers; None to find out."""
     if isinstance(stacked, str):
-        return 1 if paths.compiled("stacked", stacked).search(path) else None
-    if stacked is None:
-        return None
-    count = int(stacked) if isinstance(stacked, bool) else stacked
-    checks.at_least(0, stacked=count)
-    return int(count)
+        pattern = paths.compiled("stacked", stacked)
+        return lambda path: 1 if pattern.search(path) else None
+    count = None if stacked is None else int(stacked)
+    if count is not None:
+        checks.at_least(0, stacked=count)
+    return lambda path: count
 
 
 def in_range(name: str, path: str, shape: Shape, axes: Axes) -> tuple[int, ...]:

@@ -47,10 +47,10 @@ def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     """
     rows = _rows(lines)
     head = list(itertools.islice(rows, HEAD))
-    names = list(dict.fromkeys(name for row in head for name in row))
+    names = _names(head)
     if wanted not in names and (wanted or not any(map(NORM.search, names))):
         head += rows  # it may begin later
-        names = list(dict.fromkeys(name for row in head for name in row))
+        names = _names(head)
     name = _found(names, wanted)
     values, steps, runs = [], [], set()
     stepped = next((other for other in names if other.lower() in STEPS), None)
@@ -72,6 +72,10 @@ def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     if len(steps) == len(values) and np.any(np.diff(steps) < 0):
         found = found[np.argsort(steps, kind="stable")]
     return Column(name, found)
+
+
+def _names(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _is_empty(cell: object) -> bool:

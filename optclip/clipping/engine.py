@@ -238,7 +238,7 @@ class Clip:
         if self.threshold.needs_combined:
             combined = combined_size(groups, self.measure, blocks)
         params = known.params or [None] * len(blocks)
-        # As in `numerics.finite`, without entering another function.
+        # `numerics.finite`, written out: tests limit how many functions a call enters.
         finite = [jnp.where(jnp.isfinite(x), x, jnp.finfo(x.dtype).max) for x in blocks]
         return [
             Observation(size, known.step, groups.names, groups.partial, own, combined)
@@ -253,12 +253,11 @@ class Clip:
         seen = self.observations(groups, blocks, known)
         with np.errstate(over="ignore"):  # a limit that no float32 holds is infinite
             limits = list(map(self.threshold.limit, states, seen))
-        for limit, size in zip(limits, blocks, strict=True):
-            static = isinstance(limit, (int, float, np.ndarray, np.generic))
-            wrong = limit is None or jnp.shape(limit) not in ((), size.shape)
-            if wrong or (static and not np.all(np.asarray(limit) >= 0)):
-                checks.limits(size.shape, threshold=limit)
-        with np.errstate(over="ignore"):
+            for limit, size in zip(limits, blocks, strict=True):
+                static = isinstance(limit, (int, float, np.ndarray, np.generic))
+                wrong = limit is None or jnp.shape(limit) not in ((), size.shape)
+                if wrong or (static and not np.all(np.asarray(limit) >= 0)):
+                    checks.limits(size.shape, threshold=limit)
             return [jnp.asarray(limit, groups.dtype) for limit in limits]
 
     def refined(

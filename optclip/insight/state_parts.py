@@ -138,8 +138,7 @@ def pairs(new: Node, old: Node) -> list[tuple[Part, Node]]:
             [node for node in nodes if node.path not in used and _under(own, node)],
         )
     kept = [part for part in parts if part.node.path in found]
-    # Recorded steps are counted by the metrics beside them: without these they are of
-    # another count.
+    # The metrics beside a recorder count its steps: where they start anew, it does too.
     return [
         (part, found[path])
         for part in kept

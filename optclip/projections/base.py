@@ -150,7 +150,7 @@ def extent_of(grouping: Grouping, axis_name: AxisName = None) -> ExtentOf:
     """The extent of sets whose points are the groups of a grouping within leaves.
 
     Raises:
-      ValueError: if groups extend over several leaves.
+      ValueError: if grouping is none, or its groups extend over several leaves.
     """
     checks.instance(Grouping, grouping=grouping)
     if grouping.label not in (None, groupings.by_number):

@@ -120,8 +120,8 @@ def linf_ball(radius: Radius) -> Set:
     [-0.5  0.2]
     """
     reach_of = by_path(checks.non_negative, radius=radius)
-    named = "radius", "radius"
-    return _interval(lambda path: (-(reach := reach_of(path)), reach), *named)
+    ends = "radius", "radius"
+    return _interval(lambda path: (-(reach := reach_of(path)), reach), ends)
 
 
 @public
@@ -200,8 +200,7 @@ def init_box(kappa: ArrayLike = 1.0, *, axis_name: AxisName = None) -> Set:
 
 def _interval(
     ends_of: Callable[[str], tuple[Bound, Bound]],
-    least: str = "lower",
-    most: str = "upper",
+    names: tuple[str, str] = ("lower", "upper"),
 ) -> Set:
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Interval:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -210,7 +209,8 @@ def _interval(
         static = isinstance(low, np.ndarray) and isinstance(high, np.ndarray)
         inward = static_bound if static else bound_towards
         ends = []
-        for name, bound, toward in ((least, low, np.inf), (most, high, -np.inf)):
+        first, last = names
+        for name, bound, toward in ((first, low, np.inf), (last, high, -np.inf)):
             if bound.ndim and not broadcasts(bound.shape, leaf.shape):
                 raise error(
                     f"{name} must broadcast against every leaf, got shape "

@@ -240,11 +240,13 @@ def _check_iterations(iterations: int | None) -> None:
 
 
 def _sides_of(stacked: Stacked) -> Callable[[str, jax.Array, Shapes], Sides]:
+    count = stack_of(stacked)
+
     def extent(path: str, leaf: jax.Array, shapes: Shapes) -> Sides:
         if is_complex(leaf):
             raise not_real(path)
         require_whole(path, leaf)
-        layout = layouts.layout(path, shapes, stacked=stack_of(stacked, path))
+        layout = layouts.layout(path, shapes, stacked=count(path))
         return Sides((*layout.window, *layout.inputs), layout.outputs)
 
     return extent

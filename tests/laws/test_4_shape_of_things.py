@@ -229,9 +229,7 @@ def test_projections(row):
     [
         optclip.clip_by(thresholds.relative_to_params(0.01)),
         optclip.adaptive_grad_clip(0.3, grouping=groupings.per_leaf()),
-        optclip.clip_by(
-            thresholds.per_path({"a": 1.0}, default=1.0), grouping=groupings.per_leaf()
-        ),
+        optclip.clip_by(thresholds.per_path({"a": 1.0}), grouping=groupings.per_leaf()),
         optclip.autoclip(grouping=groupings.per_leaf()),
     ],
     ids=["whole", "per_leaf", "per_path", "learns"],

@@ -90,6 +90,7 @@ def ema_multiple(
     def limit(state: AverageState, observation: Observation) -> jax.Array:
         size, combined = observation.size, observation.combined
         assert combined is not None  # the engine gives what `needs_combined` asks for
+        # Infinity would make the derivative of `together` NaN where it is not chosen.
         norm = numerics.finite(jnp.asarray(warmup_norm, size.dtype))
         # In this order: norm / combined may be too small for a normal number. Only a
         # group that is not finite, which `combined` leaves out, is larger than that.

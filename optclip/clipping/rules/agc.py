@@ -61,7 +61,8 @@ def relative_to_params(ratio: Limit, eps: ArrayLike = 1e-3) -> Threshold[tuple[(
         floor = jnp.maximum(params, jnp.asarray(numerics.as_float(eps), dtype))
         if isinstance(ratio, (int, float)) and ratio < math.inf:
             return share * floor
-        # An infinite share limits nothing, not even where the floor is 0.
+        # An infinite share limits nothing, not even where the floor is 0. A schedule or
+        # an array may have one; a plain number is spared these operations above.
         known = jnp.minimum(share, jnp.finfo(dtype).max)
         return jnp.where(share == jnp.inf, share, known * floor)
 

@@ -158,10 +158,10 @@ def spike_clip(
     hundred at up to 30 % noise, and follows a lasting change of level within 30 steps.
     `thresholds.robust` has the whole equation.
 
-    It removes outliers only. If every step is too large, as in a recurrent network
-    that diverges from the start, use a fixed limit: an LSTM with a
-    recurrent gain of 2.5 at a learning rate of 0.5 becomes NaN under `spike_clip` and
-    trains under `clip_by_global_norm(1.0)`.
+    It removes outliers only. If every step is too large, as in a recurrent network that
+    diverges from the start, use a fixed limit: an LSTM with a recurrent gain of 2.5 at
+    a learning rate of 0.5 becomes NaN under `spike_clip` and trains under
+    `clip_by_global_norm(1.0)`.
 
     Args:
       z: how many spreads above the median, positive, without unit.

@@ -840,6 +840,6 @@ def test_no_state_where_some_parameters_have_no_update():
     ("stacked", "says"), [(-1, "at least 0"), ("[", "regular expression")]
 )
 def test_stacked_is_checked(stacked, says):
-    tx = optclip.clip_by(1.0, grouping=groupings.per_unit(stacked=stacked))
-    with pytest.raises(ValueError, match=f"stacked must be .*{says}"):
-        tx.init({"kernel": jnp.ones((2, 3))})
+    for name in ("per_unit", "per_matrix"):
+        with pytest.raises(ValueError, match=f"{name}: stacked must be .*{says}"):
+            getattr(groupings, name)(stacked=stacked)
