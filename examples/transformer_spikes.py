@@ -139,10 +139,12 @@ def windows(modules: Sequence[str], shape: tuple[int, ...], random) -> np.ndarra
     return text[start + np.arange(CONTEXT + 1)]
 
 
-def make_batches(steps: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+def make_batches(
+    steps: int, size: int
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """The corrupted steps, the text of every step, and its loss's weight."""
     random = np.random.default_rng(0)
-    text, weight = windows(TRAIN, (steps, BATCH), random), np.ones(steps, np.float32)
+    text, weight = windows(TRAIN, (steps, size), random), np.ones(steps, np.float32)
     bad = {}
     for label, (percent, count, wrong) in CORRUPTIONS.items():
         here = bad[label] = percent * steps // 100 + np.arange(count)
@@ -273,11 +275,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description="Compare clips at corrupted batches.")
     output = pathlib.Path(__file__).parent / "output"
     options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--batch", type=int, default=BATCH, help="texts in a batch")
     options.add_argument("--output", type=pathlib.Path, default=output)
     chosen = options.parse_args()
 
     steps = -(-chosen.steps // CHUNKS) * CHUNKS  # whole chunks
-    bad, *batches = make_batches(steps)
+    bad, *batches = make_batches(steps, chosen.batch)
     validation = windows(VALIDATION, (64,), np.random.default_rng(1))
     start = nnx.split(Transformer(nnx.Rngs(0)))
     runs = {}

@@ -14,8 +14,6 @@ import pytest
 import optclip
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))

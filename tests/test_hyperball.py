@@ -15,8 +15,6 @@ import optclip as typed
 from tests.oracles import projections as oracle
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 # States and updates have the type of any tree, in which nothing could be read.
 optclip = untyped(typed)
 groupings, sets = optclip.groupings, optclip.sets

@@ -15,8 +15,6 @@ from optclip import History, plot
 from tests.choosing.processes import PROCESSES
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 
 def recorded(steps: int = 60, leaves: int = 3, limit: float = 2.0) -> History:
     rng = np.random.default_rng(0)

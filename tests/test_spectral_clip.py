@@ -19,8 +19,6 @@ import optclip
 from tests.laws.collectives import collectives, mesh_of
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 ITERATIONS = pytest.mark.parametrize("iterations", [None, 24], ids=["svd", "products"])
 
 

@@ -10,8 +10,6 @@ from optclip import groupings
 from optclip._core import numerics, small_leaves
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SHAPES = [(3, 4), (5,), (), (2, 3, 300), (small_leaves.SMALL + 1,), (64, 64)] * 2
 
 

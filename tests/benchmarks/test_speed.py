@@ -23,8 +23,6 @@ from benchmarks import (
 from benchmarks.progress import Progress
 from docs import benchmark_tables
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 TINY = {"kernel": (8, 6), "bias": (6,)}
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks import spikes
 
+pytestmark = pytest.mark.compiles("ordinary")  # they compute for longer
+
 
 @pytest.mark.parametrize("sigma", spikes.NOISES)
 def test_spike_clip_keeps_every_bound(sigma: float):

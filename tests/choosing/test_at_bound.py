@@ -11,8 +11,6 @@ import pytest
 import optclip
 from optclip import sets
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 WEIGHTS = jax.random.normal(jax.random.key(0), (64, 32))
 
 

@@ -12,8 +12,6 @@ from optclip import groupings, measures, thresholds
 from optclip.clipping.recorder import Parts
 from tests.choosing.histories import recorded
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SIZES = [1.0, 4.0, np.nan, 0.0, 2.0]
 TWO = optclip.clip_by_global_norm(2.0)
 

@@ -16,8 +16,6 @@ from optclip.choosing.limit_for_rate import correlation_time, limit_for_rate
 from tests.choosing.histories import recorded
 from tests.choosing.processes import PROCESSES, STEPS
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SEEDS = 200
 
 

@@ -19,8 +19,6 @@ from tests.laws.table import Row
 from tests.oracles import fixed
 from tests.test_house import LOWERED
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 
 def row(name: str, **oracle: Any) -> Row:
     options: dict[str, Any] = {}

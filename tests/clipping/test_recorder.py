@@ -24,8 +24,6 @@ from optclip._core import numerics
 from tests.laws.collectives import collectives, mesh_of
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 NAMES = ("a/bias", "a/kernel", "b/kernel")
 
 
@@ -479,3 +477,15 @@ def test_derivatives_pass_it_by():
     for x in (jnp.zeros(3), jnp.array([1.0, 2.0, 3.0])):
         chex.assert_trees_all_equal(loss(2)(x), loss(0)(x))
     assert math.isfinite(jnp.sum(loss(2)(jnp.zeros(3))))
+
+
+def test_names_are_not_those_of_another_state():
+    """A state without names, as one read from bytes is, equals others in a cache."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx = optclip.clip_by_norm(1.0, grouping=groupings.per_leaf(), record=3)
+    nameless = untyped(tx.init(params))
+    labels = type(nameless.recorder.labels)()
+    nameless = nameless._replace(recorder=nameless.recorder._replace(labels=labels))
+    for state, names in ((nameless, ()), (untyped(tx.init(params)), ("a", "b"))):
+        _, after = untyped(tx).update(params, state)
+        assert after.recorder.labels.names == names

@@ -10,8 +10,6 @@ import pytest
 from optclip.clipping import state_choice
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 

@@ -19,7 +19,7 @@ MUON = optax.contrib.muon(1.0)
 
 
 # Optax's Muon needs it too.
-pytestmark = pytest.mark.usefixtures("quick_compiles", "as_a_reader_has_it")
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 def draw(seed, layers=1, norm=100.0):

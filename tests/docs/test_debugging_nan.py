@@ -12,7 +12,7 @@ from tests import pages
 STEPS = 40
 
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles", "as_a_reader_has_it")
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def clip(grads: Any, limit: jax.typing.ArrayLike) -> Any:
 
 
 @pytest.fixture(scope="module")
-def page(quick_compiles) -> dict[str, Any]:
+def page() -> dict[str, Any]:
     """What the page defines, when its programs have printed what it says."""
     if jax.device_count() < 8:
         pytest.skip("the page needs eight devices")

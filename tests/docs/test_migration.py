@@ -17,7 +17,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # Losses of up to 2e5 pass through 20 steps of an optimizer, each a few roundings apart.
 RTOL = 2e-4
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles", "as_a_reader_has_it")
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 @pytest.mark.parametrize("name", RECORDED)

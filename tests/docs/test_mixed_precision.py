@@ -15,7 +15,7 @@ from tests.untyped import untyped
 X = jax.random.normal(jax.random.key(7), (16, 4))
 
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles", "as_a_reader_has_it")
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 @pytest.fixture(scope="module")

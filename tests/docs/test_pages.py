@@ -12,7 +12,7 @@ PAGES = [
     "start/plain",
 ]
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles", "as_a_reader_has_it")
+pytestmark = pytest.mark.usefixtures("as_a_reader_has_it")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -94,7 +94,7 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def printed(quickest_compiles: None) -> dict[str, list[str]]:
+def printed() -> dict[str, list[str]]:
     """The lines that the programs of each section print."""
     if tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 8):
         pytest.skip("the page is about Optax 0.2.8")

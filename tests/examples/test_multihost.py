@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import compiling
+
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "multihost.py"
 # What JAX looks at for a cluster, which these tests may run in.
 CLUSTER = re.compile(r"SLURM_|OMPI_|KUBERNETES_|JAX_(COORDINATOR|NUM_PROC|PROCESS)")
@@ -33,10 +35,10 @@ def printed(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def shown(quickest_environment, tmp_path_factory) -> str:
+def shown(tmp_path_factory) -> str:
     """What the program prints on one machine; its processes compile one step each."""
     output = str(tmp_path_factory.mktemp("multihost"))
-    return printed(start(quickest_environment(), "--output", output))
+    return printed(start(compiling.environment(), "--output", output))
 
 
 def row(shown: str, step: int) -> list[str]:
@@ -82,12 +84,12 @@ def test_what_was_learned_is_restored_bit_for_bit(shown, step):
     assert found and found[1] == found[2]
 
 
-def test_where_jax_detects_a_cluster_it_joins_its_peers(quickest_environment, tmp_path):
+def test_where_jax_detects_a_cluster_it_joins_its_peers(tmp_path):
     """As under `srun --ntasks=2`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told, surroundings = [], quickest_environment()
+    told, surroundings = [], compiling.environment()
     one_device = "--xla_force_host_platform_device_count=1"  # the last counts
     for process in range(2):
         slurm = {

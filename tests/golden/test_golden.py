@@ -17,8 +17,6 @@ import pytest
 
 import optclip
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 # One unit in the last place is up to 1.2e-7. Both sides sum 24 or fewer terms in
 # float32, take a root, divide and multiply, each in its own order: two units each.
 RTOL = 5e-7

@@ -13,8 +13,6 @@ import optclip
 from tests import pages
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 FILE = pages.ROOT / "tests/golden/hard_inputs.json"
 RECORDED = json.loads(FILE.read_text())["outputs"]
 LIBRARIES = {

@@ -16,8 +16,6 @@ import pytest
 
 from optclip import initializers
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 FOLDER = pathlib.Path(__file__).parent
 FILES = {
     library: json.loads((FOLDER / f"{library}_initializers.json").read_text())

@@ -35,8 +35,6 @@ from optclip.initializers import (
     zeros,
 )
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 # Kernel, its shape, its bias's; then by hand what one output adds up and one input
 # reaches, in one layer of a stack, one group, one gate. Many are the same kernels in
 # another arrangement, which compile once.

@@ -26,7 +26,6 @@ from optclip.initializers import (
 
 from .models import LAYERS, TEXT, WIDTH, NnxTransformer, Transformer
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 KEY = jax.random.key(0)
 
 

@@ -48,7 +48,6 @@ from optclip.initializers import (
 from optclip.initializers import nnx as nnx_door
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 KEY = jax.random.key(3)
 
 

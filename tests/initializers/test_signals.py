@@ -25,7 +25,6 @@ from tests.untyped import untyped
 
 from .models import LAYERS, TEXT, NnxTransformer, Transformer
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (32, 8))
 

@@ -14,8 +14,6 @@ import optclip
 from optclip import adopt_state
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 PARAMS = {"b": jnp.ones(2), "w": jnp.arange(1.0, 4.0)}
 # Of rules that only shrink: the others have counts of what they change, too.
 METRICS = tuple(f for f in optclip.ClipMetrics._fields if "changed" not in f)

@@ -15,8 +15,6 @@ import optclip
 from optclip import groupings, measures
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SIZES = [(3.0, 4.0), (30.0, 4.0), (0.3, 40.0), (np.nan, 1.0), (3.0, np.inf)]
 
 

@@ -16,8 +16,6 @@ from optclip import groupings, measures, metrics, thresholds
 from optclip.thresholds import Threshold
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 FIELDS = (
     "size", "limit", "clipped_fraction", "steps", "clipped_steps", "nonfinite_steps",
     "changed_fraction", "changed_steps",

@@ -13,8 +13,6 @@ import optclip
 from optclip import global_norm, leaf_norms, measures
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 MEASURES = {
     "l2": (measures.l2, lambda x: math.sqrt(np.sum(x**2))),
     "rms": (measures.rms, lambda x: math.sqrt(np.mean(x**2))),

@@ -35,6 +35,16 @@ SPECS = {
 EXAMPLE_SPECS = jax.tree.map(lambda spec: P("data"), SPECS)
 
 
+def on_axes(params, sample):
+    """All under Auto axes, and a sample under Explicit ones."""
+    return [
+        pytest.param(*p.values, axis_type, id=f"{p.id}-{axis_type.name.lower()}")
+        for p in params
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+        if axis_type == AxisType.Auto or p.id in sample
+    ]
+
+
 @functools.cache
 def mesh_of(shape=(4, 2), axis_type=AxisType.Auto):
     return jax.make_mesh(

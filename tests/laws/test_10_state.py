@@ -21,8 +21,6 @@ from optclip.thresholds import Threshold
 from tests.laws.table import ROWS, projections, rows
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 EVERY = pytest.mark.parametrize(
     "row",
     rows(

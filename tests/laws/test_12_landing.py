@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import optclip
 from optclip import sets
+from tests import compiling
 from tests.laws.table import PROJECTIONS, projections
-from tests.laws.trees import at_most
+from tests.laws.trees import at_most, compiler_options
 from tests.oracles import projections as oracle
 
 HALVES = (jnp.bfloat16, jnp.float16)
@@ -62,7 +63,7 @@ def test_every_number_lands_in_every_box(dtype, wide, record_property):
     missed = missed_outside = missed_naively = count = 0
     for lower, upper in BOXES:
         step = stepped(optclip.project(sets.box(lower, upper)))
-        jitted = jax.jit(step)
+        jitted = jax.jit(step, compiler_options=compiling.ordinary())
         start = (exact >= lower) & (exact <= upper)
 
         def outside(x, lower=lower, upper=upper):
@@ -102,7 +103,7 @@ def _in_a_box(dtype, wide, optimizer):
         state = tx.init(params)
         return stepped(tx)(params, updates, state)
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=compiling.ordinary())
 
 
 @pytest.mark.parametrize("optimizer", [False, True], ids=["alone", "after a product"])
@@ -139,7 +140,10 @@ def _step_of(name):
     def first(params, size):
         return optclip.project_params(params, row.make(size))
 
-    return jax.jit(step), jax.jit(first)
+    options = compiler_options(name)
+    if row.digits is not True:  # they are as users have them in users' programs only
+        options = compiling.ordinary()
+    return jax.jit(step, compiler_options=options), jax.jit(first)
 
 
 def groups_of(row, tree):

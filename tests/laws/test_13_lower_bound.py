@@ -22,8 +22,6 @@ from tests.laws.trees import Case, combinations
 from tests.oracles import fixed
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 ENLARGING = combinations("enlarging")
 
 

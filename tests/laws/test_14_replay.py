@@ -79,7 +79,7 @@ def is_refused(row: Row) -> bool:
 
 
 @pytest.mark.parametrize("row", rows(*KINDS))
-def test_replay_is_what_the_rule_does(row: Row, quickest_compiles: None):
+def test_replay_is_what_the_rule_does(row: Row):
     rule, measure = row.build(2.0), measure_of(row)
     if is_refused(row):
         got = REFUSED["matrix" if row.kind == "matrix" else row.oracle["grouping"]]
@@ -120,7 +120,7 @@ def test_every_row_is_replayed_or_refused():
     assert sum(map(is_refused, ROWS)) < len(ROWS) / 3
 
 
-def test_a_column_is_one_group(quickest_compiles: None):
+def test_a_column_is_one_group():
     """A logged norm of the whole tree, for a rule of the whole tree."""
     rule = optclip.spike_clip(window=8)
     size, out, metrics = really(rule, stream(), measures.l2)

@@ -24,6 +24,7 @@ def below_normal(dtype, measure, count):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@trees.at_most(15)
 @given(data=st.data())
 def test_bound(row, dtype, data):
     """No group is larger than its limit, and no output is lost on the way."""

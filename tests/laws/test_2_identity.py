@@ -24,6 +24,7 @@ def with_subnormals(tree):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
+@trees.at_most(15)
 @given(data=st.data())
 def test_within_limit(row, dtype, data):
     """Negative zeros and subnormal numbers included."""

@@ -10,7 +10,7 @@ from tests.laws.trees import combinations
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "elementwise"))
-@trees.at_most(15)
+@trees.at_most(10)
 @given(data=st.data())
 def test_direction(row, dtype, data):
     """One factor for a group; no element grows, turns or changes its sign."""
@@ -23,7 +23,7 @@ def test_direction(row, dtype, data):
     ("row", "dtype"),
     combinations("adaptive", "wrapper", dtypes=("float32", "bfloat16")),
 )
-@trees.at_most(15)
+@trees.at_most(10)
 @given(data=st.data())
 def test_direction_along_a_stream(row, dtype, data):
     """The same at every step, however the rule came by its limit."""

@@ -20,8 +20,6 @@ from tests.laws.table import projections, rows
 from tests.laws.trees import Case, combinations
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 KINDS = ("clip", "enlarging", "elementwise", "matrix", "measuring")
 EVERY = rows(*KINDS, "adaptive", "wrapper")
 

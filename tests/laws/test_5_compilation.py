@@ -29,12 +29,11 @@ from tests.laws.steps import (
     projected,
     run,
     step,
+    updating,
     walk,
 )
 from tests.laws.table import rows
 from tests.untyped import untyped
-
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 LIMITED = rows("clip", "enlarging", "elementwise", "matrix")
 # A wrapper sees a state, and what it is given beside updates: no state, counters,
@@ -49,6 +48,11 @@ KINDS_OF_STATE = (
     "adaptive_grad_clip",
     "skip_step",
     "monitor",
+)
+# Points that are elements, units, leaves and matrices, with state and without.
+KINDS_OF_SETS = (
+    *("box", "init_box", "max_norm", "l2_ball", "l1_ball", "hyperball"),
+    *("init_sphere-per_unit", "spectral_ball", "intersection"),
 )
 LEARNED = [p.id for p in rows("adaptive")]
 SAMPLE = pytest.mark.parametrize(
@@ -117,6 +121,26 @@ def test_a_second_trace_is_noticed():
 
 
 @EVERY
+def test_is_a_scan_carry(row):
+    """Every step is what the jitted update makes of the state before it."""
+    tx, update = updating(row.name)
+
+    def scanned(state, updates):
+        out, state = tx.update(updates, state, PARAMS)
+        return state, (out, state)
+
+    before = tx.init(PARAMS)
+    last, (outs, states) = jax.jit(
+        lambda state, stream: jax.lax.scan(scanned, state, stream)
+    )(before, STACKED)
+    for index, updates in enumerate(STREAM):
+        out, after = step(outs, index), step(states, index)
+        assert_within_ulps((out, after), update(updates, before, PARAMS))
+        before = after
+    chex.assert_trees_all_equal(last, before)
+
+
+@EVERY
 def test_vmaps_over_updates_states_and_thresholds(row):
     limits = jnp.array([0.0, 0.25, 1.0, jnp.inf])
     states = jax.vmap(lambda limit, u: row.build(limit).init(u))(limits, STACKED)
@@ -162,7 +186,7 @@ def test_masked(row):
     chex.assert_trees_all_equal(out["beta"], STREAM[2]["beta"])
 
 
-@EVERY
+@SAMPLE
 def test_partition(row):
     parts = {"clip": row.build(1.0), "rest": optax.set_to_zero()}
     tx = untyped(optax.partition)(parts, {"alpha": "clip", "beta": "rest"})
@@ -338,8 +362,11 @@ class Net(nnx.Module):
 
 @pytest.mark.parametrize(
     ("row", "sharded"),
-    [pytest.param(p.values[0], True, id=f"{p.id}-sharded") for p in EVERY.args[1]]
-    + [pytest.param(p.values[0], False, id=f"{p.id}-alone") for p in SAMPLE.args[1]],
+    [
+        pytest.param(p.values[0], sharded, id=f"{p.id}-{name}")
+        for p in SAMPLE.args[1]
+        for name, sharded in (("sharded", True), ("alone", False))
+    ],
 )
 def test_nnx_optimizer(row, sharded):
     """Jitted with model and optimizer donated, on a mesh; alone, eager before that."""
@@ -378,14 +405,20 @@ def test_nnx_optimizer(row, sharded):
 
 
 @SETS
-def test_projections_compile_once_and_scan(row):
-    """One trace, a scan's carry, and a radius that is traced and mapped over."""
-    tx, want = projected(row.name)
+def test_one_trace_of_projections(row):
+    tx, _ = projected(row.name)
     chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(lambda u, s: tx.update(u, s, PARAMS), n=1))
     state = tx.init(PARAMS)
     for updates in STREAM:
         traced.trace(updates, state)
+
+
+@pytest.mark.parametrize("row", [p for p in SETS.args[1] if p.id in KINDS_OF_SETS])
+def test_projections_scan_and_vmap(row):
+    """A scan's carry, and a radius that is traced and mapped over."""
+    tx, want = projected(row.name)
+    state = tx.init(PARAMS)
     scanned = jax.jit(
         lambda: jax.lax.scan(
             lambda s, u: tx.update(u, s, PARAMS)[::-1], state, STACKED

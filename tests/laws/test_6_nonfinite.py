@@ -53,6 +53,7 @@ def check_groups(row, case, bad, **options):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations("clip", "enlarging", "matrix"))
+@trees.at_most(15)
 @given(data=st.data())
 def test_propagate(row, dtype, data):
     """The group is NaN throughout, its zeros too."""
@@ -219,7 +220,7 @@ GROUPINGS = {
 @pytest.mark.parametrize(
     ("nonfinite", "bad"), [("propagate", np.nan), ("zero", np.inf)]
 )
-def test_never_observed(grouping, nonfinite, bad, quickest_compiles):
+def test_never_observed(grouping, nonfinite, bad):
     """A threshold's state is as if the spoilt group had not been there."""
     summing = thresholds.Threshold(
         limit=lambda state, seen: 1e3,

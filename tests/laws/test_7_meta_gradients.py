@@ -21,7 +21,6 @@ from tests.laws.trees import combinations
 from tests.untyped import untyped
 
 # A derivative is finite, or right to many digits, by its formula.
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 
 def weighted(row, tree, limit):
@@ -66,7 +65,7 @@ COMPLEX = combinations(*EVERY, dtypes=("complex64",))
         p for p in COMPLEX if p.values[0].name in (*trees.SAMPLE, "clip_by-per_element")
     ],
 )
-@trees.at_most(15)
+@trees.at_most(10)
 @given(data=st.data())
 def test_finite(row, dtype, data):
     """By updates and by limit, in reverse and in forward mode."""

@@ -19,8 +19,6 @@ from tests.laws import trees
 from tests.laws.table import PROJECTIONS, ROWS, projections, rows
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 # Called with the wrong types on purpose, which a type checker would find.
 optclip = untyped(typed)
 actions, groupings, measures = optclip.actions, optclip.groupings, optclip.measures

@@ -41,8 +41,6 @@ from tests.laws.meshes import (
 )
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 
 @pytest.fixture(autouse=True)
 def _on_cpu():

@@ -26,12 +26,12 @@ from tests.laws.meshes import (
     manual,
     mesh_of,
     mixed_leaves,
+    on_axes,
     placed_on,
     projected,
 )
 from tests.laws.table import projections, rows
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 ROWS = rows(*KINDS)
 
 
@@ -59,16 +59,6 @@ SAMPLE = (
     "skip_step",
 )
 SAMPLE_SETS = ("box", "max_norm", "init_sphere", "simplex", "spectral_ball")
-
-
-def on_axes(params, sample):
-    """All under Auto axes, and a sample under Explicit ones."""
-    return [
-        pytest.param(*p.values, axis_type, id=f"{p.id}-{axis_type.name.lower()}")
-        for p in params
-        for axis_type in (AxisType.Auto, AxisType.Explicit)
-        if axis_type == AxisType.Auto or p.id in sample
-    ]
 
 
 def assert_types_stay(function, *arguments):

@@ -25,8 +25,6 @@ from optclip import groupings, thresholds
 from tests.laws.collectives import collectives, mesh_of
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SHAPES = {"kernel": (8, 16), "bias": (16,), "table": (8, 4)}
 NAMES = {"kernel": ("data", "model"), "bias": ("model",), "table": ("data", None)}
 # What is left where axis 0 is reduced.

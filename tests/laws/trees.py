@@ -17,7 +17,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tests.laws.table import ROWS, Row
+from tests import compiling
+from tests.laws.table import QUICK_ROWS, ROWS, Row
 from tests.oracles import fixed
 
 # Two labels (the first letter), a matrix beside its bias, one alone, and a scalar.
@@ -85,12 +86,16 @@ def in_x64(dtype: Any) -> contextlib.AbstractContextManager:
 def _jitted(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     (row,) = [row for row in ROWS if row.name == name]
 
-    @jax.jit
     def update(tree: Any, limit: Any) -> Any:
         # As its own parameters, for the row that needs some.
         return row.build(limit, **dict(options)).update(tree, None, tree)
 
-    return update
+    return jax.jit(update, compiler_options=compiler_options(name))
+
+
+def compiler_options(name: str) -> dict[str, Any] | None:
+    """One row of each kind of block is compiled as users compile it."""
+    return compiling.ordinary() if name in QUICK_ROWS else None
 
 
 def run(row: Row, case: Case, **options: Any) -> tuple[fixed.Tree, Any]:
@@ -104,7 +109,7 @@ def run(row: Row, case: Case, **options: Any) -> tuple[fixed.Tree, Any]:
 def _stepping(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     (row,) = [row for row in ROWS if row.name == name]
     tx = row.build(1.0, **dict(options))
-    return tx.init, jax.jit(tx.update)
+    return tx.init, jax.jit(tx.update, compiler_options=compiler_options(name))
 
 
 def walk(row: Row, stream: list[fixed.Tree], **options: Any) -> list[Any]:

@@ -17,8 +17,6 @@ from optclip import groupings
 from tests.oracles import adaptive, fixed
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SHAPES = {"a/bias": (3,), "a/kernel": (4, 3), "b/kernel": (2, 5)}
 STEPS = 500
 BAD = (7, 60, 130, 333)

@@ -19,8 +19,6 @@ from tests.laws.table import rows
 from tests.oracles import fixed
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 STEPS = 300
 BAD = (41, 42, 200)  # steps with a NaN, an infinity, a NaN
 LIMIT = 1.5

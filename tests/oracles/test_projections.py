@@ -10,8 +10,6 @@ from optclip import groupings, sets
 from tests.oracles import projections as oracle
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 X = 2 * np.random.default_rng(3).standard_normal((4, 3))
 
 

@@ -10,8 +10,6 @@ import optclip
 from optclip import sets
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 X = np.array([-3.0, 0.25, 3.0], np.float32)
 TWOS = [
     2,

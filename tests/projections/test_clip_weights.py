@@ -3,12 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import pytest
 
 import optclip
 from tests.projections.steps import after, moved
-
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
 
 SHAPES = {
     "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},

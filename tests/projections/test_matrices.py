@@ -8,8 +8,6 @@ import pytest
 import optclip
 from optclip import sets
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 EPS = 2.0**-23
 
 

@@ -16,10 +16,7 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import groupings, sets
 
-pytestmark = [
-    pytest.mark.skipif(jax.device_count() < 8, reason="needs a mesh"),
-    pytest.mark.usefixtures("quickest_compiles"),
-]
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs a mesh")
 
 MATRICES = {
     "spectral_ball": sets.spectral_ball(),

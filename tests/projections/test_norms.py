@@ -12,8 +12,6 @@ import optclip
 from optclip import groupings, sets
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 SIZES = [1e-37, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 3e38]
 EPS = 2.0**-23
 

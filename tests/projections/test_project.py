@@ -15,8 +15,6 @@ from tests.laws.table import PROJECTIONS
 from tests.projections.steps import after, moved
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 
 def model():
     return {

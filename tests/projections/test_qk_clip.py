@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 X = 3 * np.random.default_rng(0).standard_normal((2, 5, 8)).astype("f")
 CAUSAL = np.tril(np.ones((1, 1, 5, 5), bool))
 GROUPED = "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention).parameters

@@ -9,8 +9,6 @@ import optclip
 from optclip import groupings, sets
 from tests.oracles import projections as oracle
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 MATRICES = groupings.per_matrix()
 
 

@@ -9,8 +9,6 @@ import optclip
 from optclip import sets
 from tests.oracles import projections as oracle
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 
 @pytest.mark.parametrize("total", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])

@@ -22,8 +22,6 @@ from tests.laws.trees import in_x64
 from tests.oracles import adaptive
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 
 def step_by_step(tx, stream, params=None):
     """The last state and the updates at every step, by a scan to be compiled."""

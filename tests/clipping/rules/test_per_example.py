@@ -16,8 +16,6 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 FUNCTIONS = {
     "global": (
         optclip.per_example_global_norm_clip, optax.per_example_global_norm_clip,

@@ -18,8 +18,6 @@ import optclip
 from optclip import thresholds
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 DIRECTION = {"w": jnp.array([0.6, 0.0]), "b": jnp.array([0.8])}  # of norm 1
 SPIKE = 100.0

@@ -10,8 +10,6 @@ import optclip
 from optclip._core import numerics
 from tests.untyped import untyped
 
-pytestmark = pytest.mark.usefixtures("quickest_compiles")
-
 X = np.array([-3.0, 0.25, 3.0], np.float32)
 TWO = [
     2, 2.0, np.uint8(2), np.int8(2), np.uint64(2), np.float16(2), np.float64(2),
