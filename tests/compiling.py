@@ -1,11 +1,12 @@
-"""How XLA compiles what tests run: in as little time as it can, or as users have it.
+"""How XLA compiles what tests run: in as little time as it can, or as for users.
 
-More than half of the suite's time is XLA's and JAX's compiling. So every program is
-compiled `quickest`, and a test chooses otherwise where its law depends on it: by
+Most of the suite's time is compilation, so every program is compiled quickly: its
+kernels are made in less time, and can differ from ordinary ones in the last digits.
+Where a law depends on those, its file says
 
-    pytestmark = pytest.mark.compiles("ordinary")
+    pytestmark = pytest.mark.ordinary
 
-for a file, or for one function by `jax.jit(function, compiler_options=ordinary())`.
+or one of its functions is `jax.jit(function, compiler_options=compiling.ordinary())`.
 """
 
 import contextlib
@@ -25,12 +26,7 @@ QUICKER: dict[str, tuple[str | bool, str | bool]] = {
     "xla_cpu_use_fusion_emitters": (False, True),  # there is none from 0.12 on
     "xla_cpu_parallel_codegen_split_count": ("1", "32"),
 }
-WAYS = (
-    "quickest",  # kernels made in less time, which can differ in their last digits
-    "quick",  # the kernels that users have, not optimized
-    "ordinary",
-)
-_chosen, _always = "quickest", False
+_quick, _always = False, False
 
 
 @functools.cache
@@ -45,20 +41,16 @@ def _known() -> tuple[str, ...]:
             return False
         return True
 
-    global _chosen
-    _chosen, before = "ordinary", _chosen
-    found = tuple(filter(known, QUICKER))
-    _chosen = before
-    return found
+    with compiled(quick=False):
+        return tuple(filter(known, QUICKER))
 
 
-def quicker() -> dict[str, str | bool]:
-    """What `quickest` adds to `quick`."""
+def _quicker() -> dict[str, str | bool]:
     return {name: QUICKER[name][0] for name in _known()}
 
 
 def ordinary() -> dict[str, str | bool]:
-    """The options of users, for `jax.jit` and `Lowered.compile`."""
+    """The options of users' programs, for `jax.jit` and `Lowered.compile`."""
     if _always:
         return {}
     llvm: dict[str, str | bool] = {"xla_backend_optimization_level": "3"}
@@ -66,39 +58,36 @@ def ordinary() -> dict[str, str | bool]:
     return llvm | {name: QUICKER[name][1] for name in _known()}
 
 
-def start(always: bool = False) -> None:
-    """Every program of this process from now on, and what it costs beside XLA.
-
-    With `always` even those that ask for ordinary options.
-    """
-    global _always
-    _always = always
+def start(always: bool) -> None:
+    """Compiles quickly from now on; with `always` what asks for `ordinary` too."""
+    global _quick, _always
+    _quick, _always = True, always
+    jax.config.update("jax_disable_most_optimizations", True)
     options = untyped(compiler.get_compile_options)
 
     def chosen(*args, env_options_overrides=None, **named):
-        given = quicker() if _chosen == "quickest" else {}
+        given = _quicker() if _quick else {}
         given |= dict(env_options_overrides or {})
         return options(*args, env_options_overrides=given, **named)
 
     compiler.get_compile_options = chosen
-    # A context of MLIR holds no program, and to make one takes longer than to lower
-    # most of the twenty thousand: each makes its own otherwise.
+    # JAX makes a context of MLIR for each of twenty thousand programs, which takes
+    # longer than to lower most of them; it holds no program, so one serves many.
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @contextlib.contextmanager
-def compiled(way: str) -> Iterator[None]:
-    """One of `WAYS` for what is compiled here."""
-    assert way in WAYS, way
-    global _chosen
-    before, _chosen = _chosen, way
-    jax.config.update("jax_disable_most_optimizations", _chosen != "ordinary")
+def compiled(quick: bool) -> Iterator[None]:
+    """Quickly or as for users, whatever is compiled here."""
+    global _quick
+    before = _quick
     try:
+        _quick = quick
+        jax.config.update("jax_disable_most_optimizations", quick)
         yield
     finally:
-        _chosen = before
-        jax.config.update("jax_disable_most_optimizations", _chosen != "ordinary")
+        _quick = before
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def forget() -> None:
@@ -108,12 +97,12 @@ def forget() -> None:
 
 
 def environment(level: int = 0) -> dict[str, str]:
-    """What makes another process compile `quickest`.
+    """What makes another process compile quickly.
 
     A program that computes for longer than it compiles takes `level=1`, LLVM's lowest
     that makes loops fast.
     """
-    flags = [f"--{name}={value}".lower() for name, value in quicker().items()]
+    flags = [f"--{name}={value}".lower() for name, value in _quicker().items()]
     if level:  # which the variable would set to 0
         flags.append(f"--xla_backend_optimization_level={level}")
     flags = " ".join([os.environ["XLA_FLAGS"], *flags])

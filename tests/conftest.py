@@ -4,7 +4,6 @@ The suite runs on whatever platform JAX finds; only the mesh tests use the eight
 devices, which cost nothing elsewhere.
 """
 
-import contextlib
 import itertools
 import os
 import re
@@ -45,7 +44,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """A core for each worker: JAX's threads would wait for those of the others."""
-    config.addinivalue_line("markers", "compiles(way): see tests/compiling.py")
+    config.addinivalue_line("markers", "ordinary: compiled as for users")
     compiling.start(always=config.getoption("--quick"))
     if config.getoption("--branch-free"):
         from optclip._core import numerics
@@ -121,8 +120,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="module")
 def _compiled(request):
     """As the file says, and forgotten from time to time: all of it is gigabytes."""
-    mark = request.node.get_closest_marker("compiles")
-    with compiling.compiled(*mark.args) if mark else contextlib.nullcontext():
+    ordinary = request.node.get_closest_marker("ordinary") is not None
+    with compiling.compiled(quick=not ordinary or request.config.getoption("--quick")):
         yield
     if not SHARED.search(request.path.as_posix()) and next(FILES) % 8 == 0:
         compiling.forget()

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import spikes
 
-pytestmark = pytest.mark.compiles("ordinary")  # they compute for longer
+pytestmark = pytest.mark.ordinary  # they compute for longer
 
 
 @pytest.mark.parametrize("sigma", spikes.NOISES)

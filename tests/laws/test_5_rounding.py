@@ -20,7 +20,7 @@ from tests.laws.steps import (
     run,
 )
 
-pytestmark = pytest.mark.compiles("ordinary")
+pytestmark = pytest.mark.ordinary
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,7 +45,7 @@ def test_jit_equals_eager(row):
     tx = row.build(1.0)
     state = tx.init(PARAMS)
     for updates, jitted in zip(STREAM, run(row.name), strict=True):
-        with compiling.compiled("quickest"):
+        with compiling.compiled(quick=True):
             out = tx.update(updates, state, PARAMS)
         assert_within_ulps(out, jitted, row.ulps)
         _, state = jitted
@@ -63,7 +63,7 @@ def test_projections_jitted_equal_eager(row):
     updates, params, want = (
         {part: tree[part] for part in parts} for tree in (STREAM[2], PARAMS, want)
     )
-    with compiling.compiled("quickest"):
+    with compiling.compiled(quick=True):
         out, _ = tx.update(updates, None, params)
     if row.lands == "iterative":  # a series of products, as good as its row says
         chex.assert_trees_all_close(out, want, rtol=row.tolerance, atol=row.tolerance)

@@ -132,7 +132,7 @@ def derivative_of_stream(name):
 
 
 @pytest.mark.parametrize(("row", "dtype"), combinations(*LEARNING, dtypes=("float32",)))
-@trees.at_most(10)
+@trees.at_most(6)
 @given(data=st.data())
 def test_finite_through_what_was_learned(row, dtype, data):
     """Through the states, to the first step from the third."""
