@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import optclip
@@ -306,6 +307,28 @@ def test_lowerings_are_noticed():
     before = len(LOWERED)
     jax.jit(lambda x: x * 3)(jnp.ones(7))
     assert len(LOWERED) > before
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"),
+    [
+        ("clip_by_global_norm", 1.0),
+        ("clip_by_block_rms", 1.7),
+        ("adaptive_grad_clip", 1.1),
+    ],
+)
+def test_a_first_eager_update_lowers_about_what_optax_does(rule: str, times: float):
+    params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+
+    def programs(library: Any) -> int:
+        tx = getattr(library, rule)(1.0)
+        jax.clear_caches()
+        state = tx.init(params)
+        before = len(LOWERED)
+        tx.update(params, state, params)
+        return len(LOWERED) - before
+
+    assert 0 < programs(optclip) <= times * programs(optax)
 
 
 # Each kind of block and each way to learn: what could make functions anew.

@@ -149,7 +149,7 @@ def in_doubt(measure: Measure, *trees: Rough) -> jax.Array | None:
     It is if a size is not finite, or is tiny while what is known of its limit is
     tinier: never for groups that are merely zero under an ordinary limit.
     """
-    doubts = []
+    blocks = []
     for groups, leaves, sizes, known in trees:
         # float16's squares, and their sums, lie well inside float32's range.
         half = measure.power == 2 and all(leaf.dtype == jnp.float16 for leaf in leaves)
@@ -161,12 +161,10 @@ def in_doubt(measure: Measure, *trees: Rough) -> jax.Array | None:
         if groups.joint:
             shared = min(edges) == max(edges)
             edges = [edges[0] if shared else jnp.asarray(edges, groups.dtype)]
-        doubts += [
-            _has_doubts(*block) for block in zip(sizes, known, edges, strict=True)
-        ]
-    if not doubts:
+        blocks += zip(sizes, known, edges, strict=True)
+    if not blocks:
         return None
-    doubt = joined(ANY, doubts)
+    doubt = _has_doubts(*blocks[0]) if len(blocks) == 1 else _some_have_doubts(*blocks)
     all_groups = [group for tree in trees for group in tree.groups.groups]
     if not any(member.mesh for group in all_groups for member in group.members):
         return doubt
@@ -315,6 +313,11 @@ def _has_doubts(size: jax.Array, limit: jax.Array, edge: ArrayLike) -> jax.Array
     """Whether a block has a size that overflowed, or vanished where it matters."""
     lost, vanished = ~jnp.isfinite(size), (size < edge) & ~(limit >= edge)
     return jnp.logical_or(*meshes.any_of_both(lost, vanished))
+
+
+@jax.jit  # several blocks in one program, for eager use
+def _some_have_doubts(*blocks: tuple[jax.Array, jax.Array, ArrayLike]) -> jax.Array:
+    return joined(ANY, [_has_doubts(*block) for block in blocks])
 
 
 def _scales(

@@ -134,10 +134,8 @@ class Clip:
             states = list(map(self.threshold.init, fresh))
         # A bad limit is reported here.
         self.limits(groups, zeros, _Known(states, zeros, step))
-        limited, elementwise = (
-            self.threshold.limit is not None,
-            self.grouping.elementwise,
-        )
+        limited = self.threshold.limit is not None
+        elementwise = self.grouping.elementwise
         state = ClipState(
             () if states is None else packed(params, groups, self.blank, states),
             metrics.start(
@@ -167,8 +165,7 @@ class Clip:
         groups, leaves = gather(updates, self.grouping, self.mesh_axes)
         known = _Known(None, None, state.metrics.steps)
         if self.learns:
-            own = unpacked(groups, self.blank, state.threshold)
-            known = known._replace(states=own)
+            known = known._replace(states=unpacked(groups, self.blank, state.threshold))
         measured = None
         if self.threshold.needs_params and groups.groups:
             own, measured = self.params_beside(groups, leaves, updates, params)
