@@ -121,7 +121,9 @@ def pytest_collection_modifyitems(config, items):
 def _compiled(request):
     """As the file says, and forgotten from time to time: all of it is gigabytes."""
     ordinary = request.node.get_closest_marker("ordinary") is not None
-    with compiling.compiled(quick=not ordinary or request.config.getoption("--quick")):
+    if ordinary:  # what other files compiled quickly would be used here
+        compiling.forget()
+    with compiling.compiled(quick=not ordinary):
         yield
     if not SHARED.search(request.path.as_posix()) and next(FILES) % 8 == 0:
         compiling.forget()

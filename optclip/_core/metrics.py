@@ -256,7 +256,7 @@ def _counts(size: jax.Array, limit: jax.Array, target: jax.Array | None) -> _Sum
     return known._replace(changed=jnp.any(finite & (target != size)).astype(size.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)  # one program in eager use
 def _together(summaries: list[_Summary], axes: meshes.MeshAxes) -> _Summary:
     """The summary of all blocks on all shards, in one collective: here they meet.
 

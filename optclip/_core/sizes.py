@@ -315,7 +315,7 @@ def _has_doubts(size: jax.Array, limit: jax.Array, edge: ArrayLike) -> jax.Array
     return jnp.logical_or(*meshes.any_of_both(lost, vanished))
 
 
-@jax.jit  # several blocks in one program, for eager use
+@jax.jit  # one program in eager use
 def _some_have_doubts(*blocks: tuple[jax.Array, jax.Array, ArrayLike]) -> jax.Array:
     return joined(ANY, [_has_doubts(*block) for block in blocks])
 

@@ -90,12 +90,9 @@ def test_a_shared_buffer_is_noticed():
         assert_own_buffers((zero,), {"params": zero})
 
 
-@pytest.mark.parametrize(
-    ("params", "limit"),
-    [(name, 1.0) for name in TREES] + [("arrays", optax.linear_schedule(1.0, 0.1, 9))],
-    indirect=["params"],
-    ids=[*TREES, "arrays, schedule"],
-)
+@pytest.mark.parametrize("params", TREES, indirect=True)
+@pytest.mark.parametrize("limit", [1.0, optax.linear_schedule(1.0, 0.1, 9)],
+                         ids=["number", "schedule"])  # fmt: skip
 @EVERY
 def test_types_are_fixed_at_init(row, params, limit):
     if row.integers is not True:  # refused, which law 4 tests

@@ -141,7 +141,7 @@ def _step_of(name):
         return optclip.project_params(params, row.make(size))
 
     options = compiler_options(name)
-    if row.digits is not True:  # they are as users have them in users' programs only
+    if row.digits is not True:  # they depend on the order of sums, which kernels choose
         options = compiling.ordinary()
     return jax.jit(step, compiler_options=options), jax.jit(first)
 

@@ -37,9 +37,10 @@ from tests.untyped import untyped
 
 LIMITED = rows("clip", "enlarging", "elementwise", "matrix")
 # A wrapper sees a state, and what it is given beside updates: no state, counters,
-# numbers of groups, of units and of elements, parameters.
+# numbers of groups, of units and of elements, names, parameters.
 KINDS_OF_STATE = (
     "clip_by_global_norm",
+    "clip_by_global_norm-record",
     "clip_by_norm-per_unit",
     "clip_by_value",
     "spike_clip",

@@ -103,9 +103,7 @@ def test_quick_compiles_send_the_same(name, axis_type):
     assert of_update(tx, 5, axis_type) == ordinary
 
 
-@pytest.mark.parametrize(
-    ("row", "axis_type"), on_axes(rows(*KINDS, variants=False), SAMPLE)
-)
+@pytest.mark.parametrize(("row", "axis_type"), on_axes(rows(*KINDS), SAMPLE))
 def test_collectives_do_not_grow_with_the_leaves(row, axis_type):
     spec = P("data", "model")
     few, more = (of_update(row.build(0.5), n, axis_type) for n in (2, 5))
@@ -118,7 +116,7 @@ def test_collectives_do_not_grow_with_the_leaves(row, axis_type):
 @pytest.mark.parametrize("name", SAMPLE)
 def test_nor_with_many_leaves(name):
     row, spec = BY_NAME[name], P("data", "model")
-    _check(row, of_update(row.build(0.5), 32), 32, spec)
+    _check(row, of_update(row.build(0.5), 64), 64, spec)
 
 
 @pytest.mark.parametrize("spec", PLACES, ids=str)
