@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip._core import meshes
+from optclip._core import meshes, small_leaves
 
 
 class ClipMetrics(NamedTuple):
@@ -97,9 +97,12 @@ def after(
     after the step, of actions that may enlarge.
     """
     steps = jnp.asarray(optax.safe_increment(old.steps))
+    targets = reached or sizes
+    if blocks is None and len(sizes) > 1:
+        sizes, limits, targets = small_leaves.in_one_block(sizes, limits, targets)
     summarise = _counts if old.size is None else _summary
     by_axes: dict[meshes.MeshAxes, list[_Summary]] = {}
-    for size, limit, target in zip(sizes, limits, reached or sizes, strict=True):
+    for size, limit, target in zip(sizes, limits, targets, strict=True):
         block = summarise(size, limit, None if reached is None else target)
         if blocks is not None:
             blocks.append(block)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip._core import meshes, numerics, three_sums
+from optclip._core import meshes, numerics, small_leaves, three_sums
 from optclip._core.groups import Apart, Arrays, Group, Groups, aligned, by_block
 from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
@@ -71,9 +71,8 @@ def summed_sizes(
             of_mesh = three_sums.totals_of_rows(list(parts.values()))
         else:
             of_mesh = [joined(measure.combine, own) for own in parts.values()]
-        if mesh:
-            of_mesh = _across(measure.combine.across, of_mesh, mesh)
-        for key, total in zip(parts, of_mesh, strict=True):
+        met = _across(measure.combine.across, of_mesh, mesh) if mesh else of_mesh
+        for key, total in zip(parts, met, strict=True):
             totals.setdefault(key, []).append(total)
 
     places = range(3 if in_one else 1)
@@ -81,20 +80,18 @@ def summed_sizes(
         [joined(measure.combine, totals[number, place]) for place in places]
         for number in range(len(each))
     ]
-    edges = _edges(groups, measure) if in_one else []
-    counts = [group.count for group in groups.groups]
+    counts, edges = [group.count for group in groups.groups], _edges(groups, measure)
     if apart is not None:
         whole = _with_leaves(groups, apart, measure, whole)
         counts.append(1)
-        edges += [max(_edges(groups._replace(groups=each), measure))] if in_one else []
+        edges.append(max(_edges(groups._replace(groups=each), measure)))
         own = [] if scales is None else [scales[n] for n in owners]
         scales = None if scales is None else [*scales, jnp.stack(own)]
-    return [
-        three_sums.size(sums, measure.finalize, counts[n], edges[n])
-        if in_one
-        else _size(*sums, scales and scales[n], measure.finalize, counts[n])
-        for n, sums in enumerate(whole)
-    ]
+    if in_one:
+        return three_sums.sizes(measure, whole, counts, edges, groups.joint)
+    own = scales or [None] * len(whole)
+    each = zip(whole, own, counts, strict=True)
+    return [_size(*sums, scale, measure.finalize, count) for sums, scale, count in each]
 
 
 def _with_leaves(
@@ -164,7 +161,7 @@ def in_doubt(measure: Measure, *trees: Rough) -> jax.Array | None:
         blocks += zip(sizes, known, edges, strict=True)
     if not blocks:
         return None
-    doubt = _has_doubts(*blocks[0]) if len(blocks) == 1 else _some_have_doubts(*blocks)
+    doubt = _has_doubts(*blocks[0]) if len(blocks) == 1 else _some_have_doubts(blocks)
     all_groups = [group for tree in trees for group in tree.groups.groups]
     if not any(member.mesh for group in all_groups for member in group.members):
         return doubt
@@ -302,7 +299,8 @@ def _size(
 
 def _edges(groups: Groups, measure: Measure) -> list[float]:
     """The size of every group below which its summands may have vanished."""
-    assert measure.power is not None
+    if measure.power is None:  # a maximum loses nothing
+        return [0.0] * len(groups.groups)
     tiny = numerics.RANGES[groups.dtype].tiny
     counts = [group.count if measure.averages else 1 for group in groups.groups]
     return [(tiny / max(count, 1)) ** (1 / measure.power) for count in counts]
@@ -315,8 +313,16 @@ def _has_doubts(size: jax.Array, limit: jax.Array, edge: ArrayLike) -> jax.Array
     return jnp.logical_or(*meshes.any_of_both(lost, vanished))
 
 
+def _some_have_doubts(
+    blocks: list[tuple[jax.Array, jax.Array, ArrayLike]],
+) -> jax.Array:
+    sizes, limits, edges = zip(*blocks, strict=True)
+    met = small_leaves.in_one_block(list(sizes), limits, edges)
+    return _joined_doubts(*zip(*met, strict=True))
+
+
 @jax.jit  # one program in eager use
-def _some_have_doubts(*blocks: tuple[jax.Array, jax.Array, ArrayLike]) -> jax.Array:
+def _joined_doubts(*blocks: tuple[jax.Array, jax.Array, ArrayLike]) -> jax.Array:
     return joined(ANY, [_has_doubts(*block) for block in blocks])
 
 

@@ -1,22 +1,26 @@
-"""Small leaves of one group as one vector, for programs for a GPU.
+"""Small arrays as one vector, for programs for a GPU.
 
-    (64, 64), (64,), (64, 64), ... ──vectors──▶ (4096 · 45,), (64 · 45,), ...
+    leaves of a group   (64, 64), (64,), (64, 64), ...  ──vectors──▶ a few vectors
+    sizes of blocks     (1, 768), (1,), (3072, 1), ...  ──in_one_block──▶ one vector
 
 To start a kernel for a leaf of 256 KB keeps the host for longer than the device needs
 to copy it. A vector is summed in one kernel, and XLA:GPU scales the leaves of one shape
-that are slices of one vector in one kernel too. Where there are more devices than one,
-leaves stay what they are, for XLA would gather what a vector is made of; and on CPU,
-where a kernel costs next to nothing.
+that are slices of one vector in one kernel too. What all groups are asked together, for
+metrics and doubts, takes one reduction instead of one for each block. Where there are
+more devices than one, arrays stay what they are, for XLA would gather what a vector is
+made of; and on CPU, where a kernel costs next to nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from optclip._core import numerics
 from optclip._core.types import Shape
@@ -55,6 +59,42 @@ def vectors(
                 # Without a barrier XLA would undo this, and slice the leaves instead.
                 vector = jax.lax.optimization_barrier(jnp.concatenate(parts))
             found.append((own, vector))
+    return found
+
+
+def in_one_block(
+    blocks: list[jax.Array], *beside: Sequence[ArrayLike]
+) -> list[list[Any]]:
+    """Small blocks of groups as one vector, where a program may rearrange them.
+
+    What is computed of every group then takes a few kernels, not two or three for each
+    block.
+
+    Args:
+      blocks: a number for each group, one array a block.
+      *beside: lists of as many numbers or arrays, which broadcast to the blocks.
+
+    Returns:
+      The lists; the vector is the first, if there is one.
+    """
+    dtype, numbers = blocks[0].dtype, range(len(blocks))
+    fits = [x.size <= SMALL and x.dtype == dtype and on_one_device(x) for x in blocks]
+    if sum(fits) < 2:
+        return [blocks, *map(list, beside)]
+    found = []
+    for own in (blocks, *beside):
+        flat = [
+            jnp.broadcast_to(jnp.asarray(own[n], dtype), blocks[n].shape).reshape(-1)
+            for n in numbers
+            if fits[n]
+        ]
+        # Without barriers XLA would reduce every block by itself again; and with more
+        # in one kernel than it takes, it would compute each of them in its own.
+        chunks = [flat[start : start + MOST] for start in range(0, len(flat), MOST)]
+        joined = [jax.lax.optimization_barrier(jnp.concatenate(x)) for x in chunks]
+        found.append(
+            [jnp.concatenate(joined), *(own[n] for n in numbers if not fits[n])]
+        )
     return found
 
 

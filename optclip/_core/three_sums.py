@@ -22,9 +22,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from optclip._core import meshes, numerics, small_leaves
 from optclip._core.groups import Arrays, Group, Groups
+from optclip._core.measures import Measure
 
 ROW = 256  # elements that are summed before they meet those of other leaves
 # Elements above which a leaf is summed by itself: XLA:GPU reads a gigabyte by rows at a
@@ -77,17 +79,19 @@ def _in_rows(
 
 
 def totals_of_rows(parts: list[Arrays]) -> Arrays:
-    """The three totals of each group from the sums of its rows, three lists a group."""
-    found = []
-    for start in range(0, len(parts), 3):
-        sums = parts[start : start + 3]
-        if len(sums[0]) == 1 and sums[0][0].ndim == 0:
-            found += [total for (total,) in sums]
-            continue
-        rows = [jnp.concatenate([x.reshape(-1) for x in own]) for own in sums]
-        # Without a barrier XLA would sum the rows of every leaf by themselves.
-        found += list(jnp.sum(jax.lax.optimization_barrier(jnp.stack(rows)), axis=1))
-    return found
+    """The total of each list of sums of rows; those of one length in one kernel."""
+    flat = [jnp.concatenate([x.reshape(-1) for x in own]) for own in parts]
+    by_length: dict[int, list[int]] = {}
+    for number, rows in enumerate(flat):
+        by_length.setdefault(rows.size, []).append(number)
+    found: dict[int, jax.Array] = {}
+    for length, numbers in by_length.items():
+        rows = jnp.stack([flat[number] for number in numbers])
+        if length > 1:
+            # Without a barrier XLA would sum the rows of every leaf by themselves.
+            rows = jax.lax.optimization_barrier(rows)
+        found |= dict(zip(numbers, jnp.sum(rows, axis=1), strict=True))
+    return [found[number] for number in range(len(parts))]
 
 
 # Jitted so that equal leaves are traced once.
@@ -117,14 +121,42 @@ def sums_of_squares(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def size(
-    totals: list[jax.Array],
+def sizes(
+    measure: Measure,
+    totals: list[Arrays],
+    counts: list[int],
+    edges: list[float],
+    joint: bool,
+) -> Arrays:
+    """The sizes of groups from their three sums, the first of which holds above edge.
+
+    Those of joint groups, and of vectors of leaves, are computed side by side: apart,
+    XLA:GPU would take a kernel for each.
+    """
+    if not joint:
+        each = zip(totals, edges, counts, strict=True)
+        return [_size(own, edge, measure.finalize, n) for own, edge, n in each]
+    lengths = [own[0].size for own in totals]
+    sums = [
+        jnp.concatenate([x.reshape(-1) for x in xs]) for xs in zip(*totals, strict=True)
+    ]
+    if measure.averages:  # `finalize` takes one count, not one for each group
+        sums = [
+            total / np.repeat(counts, lengths).astype(total.dtype) for total in sums
+        ]
+    edge = np.repeat(edges, lengths).astype(sums[0].dtype)
+    parts = jnp.split(_size(sums, edge, measure.finalize, 1), np.cumsum(lengths)[:-1])
+    return [x.reshape(own[0].shape) for x, own in zip(parts, totals, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _size(
+    totals: Arrays,
+    edge: ArrayLike,
     finalize: Callable[[jax.Array, float], jax.Array],
     count: int,
-    edge: float,
 ) -> jax.Array:
-    """The size of a group from its three sums, the first of which holds above edge."""
+    """The same for one array of groups that share a count."""
     plain, up, down = (
         numerics.at_scale(finalize(total, count), jnp.asarray(1 / scale, total.dtype))
         for total, scale in zip(totals, scales(totals[0].dtype), strict=True)

@@ -185,7 +185,8 @@ class Clip:
             updates = rescaled(groups, updates, leaves, scaled, targets, self.enlarges)
             reached = by_block(groups, targets) if self.enlarges else None
         met: list[Any] = []
-        numbers = metrics.after(state.metrics, blocks, limits, met, reached)
+        wanted = None if self.recorder is None else met
+        numbers = metrics.after(state.metrics, blocks, limits, wanted, reached)
         learned = state.threshold
         if self.learns:
             learned = repacked(learned, self.learned(groups, blocks, limits, known))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optclip
-from optclip import groupings
+from optclip import actions, groupings
 from optclip._core import numerics, small_leaves
 from tests.untyped import untyped
 
@@ -78,22 +78,73 @@ def test_derivatives():
         np.testing.assert_array_equal(x, 0)
 
 
-@pytest.mark.parametrize(("devices", "reductions"), [(1, 10), (8, 301)])
+RULES = {
+    "leaves": optclip.clip_by_block_rms(0.5),
+    "units": optclip.adaptive_grad_clip(0.5),
+    "elements": optclip.second_moment_clip(1.0, warmup_steps=1),
+    "learning": optclip.zclip(grouping=groupings.per_leaf(), warmup_steps=1),
+    "raising": optclip.clip_by(
+        1.0, grouping=groupings.per_unit(), action=actions.normalize()
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_metrics_of_many_blocks(rule, monkeypatch):
+    """They, the updates and what is learned are those of blocks that stay apart."""
+    tx = untyped(RULES[rule])
+    tree = [x for x in tree_of() if x.dtype != jnp.bfloat16]
+    trees = [tree, [x * 3 for x in tree], [x * jnp.asarray(0, x.dtype) for x in tree]]
+    trees.append([*tree[:2], tree[2] * jnp.nan, *tree[3:]])
+
+    def run(backend):
+        monkeypatch.setattr(numerics, "backend", lambda: backend)
+        update, state, found = jax.jit(lambda *a: tx.update(*a)), tx.init(tree), []
+        for updates in trees:
+            out, state = update(updates, state, tree)
+            found.append((out, state))
+        return found
+
+    for x, y in zip(*map(jax.tree.leaves, (run("gpu"), run("cpu"))), strict=True):
+        np.testing.assert_allclose(x, y, rtol=3e-6)
+
+
+@pytest.mark.parametrize(("devices", "reductions"), [(1, 11), (8, 302)])
 def test_reductions(devices, reductions, monkeypatch):
-    """Three for 45 small leaves and the joint one; on eight devices three for each."""
+    """Three for 45 small leaves, three on eight devices for each leaf, the joint one
+    and that of the metrics."""
     monkeypatch.setattr(numerics, "devices", lambda: devices)
+    assert reductions_of(optclip.clip_by_global_norm(1.0)) == reductions
+
+
+@pytest.mark.parametrize(
+    ("rule", "reductions"),
+    [("leaves", 302), ("units", 203), ("elements", 1), ("learning", 302)],
+)
+def test_reductions_of_many_groups(rule, reductions):
+    """What a leaf needs, and for all groups one each of metrics and doubts of a tree.
+
+    Leaves are summed at three scales, whose rows meet in one more, units of gradients
+    and of parameters at one.
+    """
+    assert reductions_of(RULES[rule]) == reductions
+
+
+def reductions_of(tx) -> int:
+    """Those of a step of 100 small leaves."""
     tree = [jax.ShapeDtypeStruct((8, 8), "float32")] * 100
-    tx = optclip.clip_by_global_norm(1.0)
     state = jax.eval_shape(tx.init, tree)
-    jaxpr = jax.make_jaxpr(lambda *a: tx.update(*a))(tree, state)
-    assert reduced(jaxpr.jaxpr) == reductions
+    return reduced(jax.make_jaxpr(lambda *a: tx.update(*a))(tree, state, tree).jaxpr)
 
 
 def reduced(jaxpr) -> int:
-    """How many sums a program holds, functions inside functions included."""
+    """How many reductions a program holds, in functions but not in branches."""
     found = 0
     for equation in jaxpr.eqns:
-        found += equation.primitive.name == "reduce_sum"
+        found += equation.primitive.name.startswith("reduce")
+        found -= equation.primitive.name == "reduce_precision"
+        if equation.primitive.name == "cond":
+            continue
         for inner in equation.params.values():
             inner = getattr(inner, "jaxpr", inner)
             found += reduced(inner) if hasattr(inner, "eqns") else 0
