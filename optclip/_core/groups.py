@@ -19,80 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optclip._core import meshes, numerics, paths, small_leaves
+from optclip._core import meshes, numerics, paths, small_leaves, stacks
+from optclip._core.grouped import Apart, Arrays, Group, Groups, Member
 from optclip._core.groupings import Grouping
 from optclip._core.public import error
 from optclip._core.rounding import power_of_two
 from optclip._core.types import Shape, Shapes, Tree
-
-Arrays = list[jax.Array]
-
-
-class Member(NamedTuple):
-    """A leaf's part in its group."""
-
-    index: int  # among the measured leaves
-    axes: tuple[int, ...]  # reduced
-    mesh: meshes.MeshAxes  # summed over
-
-
-class Group(NamedTuple):
-    """The leaves measured together.
-
-    Attributes:
-      members: their parts in it.
-      count: how many elements they have on all devices.
-      shape: of its sizes: the axes that are not reduced, or, for groups within a leaf,
-        the leaf's shape with 1 for those that are.
-      scaled: which of the leaves are scaled by its size; others are measured only.
-    """
-
-    members: tuple[Member, ...]
-    count: int
-    shape: Shape
-    scaled: tuple[int, ...]
-
-
-class Groups(NamedTuple):
-    """How a tree falls into groups. It holds no array and can be hashed.
-
-    Attributes:
-      groups: the groups, in the order of their first leaves.
-      places: the numbers of the measured leaves among all leaves of the tree.
-      names: the groups' names, where limits can refer to them.
-      partial: in that case, whether leaves are masked or not measured.
-      joint: whether all groups form one block.
-      dtype: that of sizes: float32, or float64 if there are float64 leaves.
-    """
-
-    groups: tuple[Group, ...]
-    places: tuple[int, ...]
-    names: tuple[str, ...] | None
-    partial: bool
-    joint: bool
-    dtype: np.dtype
-
-    def block_shapes(self) -> list[Shape]:
-        """The shape of every block. At least one joint group exists."""
-        shapes = [group.shape for group in self.groups]
-        if not self.joint:
-            return shapes
-        return [(max(len(shapes), 1), *(shapes[0] if shapes else ()))]
-
-
-class Apart(NamedTuple):
-    """The leaves that are measured as groups of their own, in order, for a recorder.
-
-    Attributes:
-      groups: one for each leaf.
-      owners: the number of the group that each leaf belongs to.
-    """
-
-    groups: tuple[Group, ...]
-    owners: tuple[int, ...]
 
 
 def apart(groups: Groups, leaves: Arrays) -> Apart:
@@ -170,7 +104,8 @@ def gather(
             * (meshes.axis_size(mesh) if mesh else 1)
             for index, axes, mesh in own
         )
-        groups.append(Group(tuple(own), count, tuple(kept), tuple(scaled[label])))
+        into = tuple(scaled.get(label, ()))
+        groups.append(Group(tuple(own), count, tuple(kept), into))
 
     values = [leaf.value for leaf in leaves]
     known = Groups(
@@ -286,6 +221,14 @@ def rescaled(
     With `enlarging` targets may be larger than sizes.
     """
     flat, treedef = jax.tree_util.tree_flatten(tree)
+    alike = None if groups.joint else stacks.of(groups, leaves)
+    if alike is not None:
+        own = alike.stack(sizes), alike.stack(targets)
+        found = rescaled(alike.groups, alike.leaves, alike.leaves, *own, enlarging)
+        kept = [size == target for size, target in zip(*own, strict=True)]
+        for group, leaf in zip(groups.groups, alike.parts(found, kept), strict=True):
+            flat[groups.places[group.members[0].index]] = leaf
+        return jax.tree_util.tree_unflatten(treedef, flat)
     for group, size, target in zip(groups.groups, sizes, targets, strict=True):
         own = [((index,), leaves[index]) for index in group.scaled]
         if size.ndim == 0 and numerics.backend() == "gpu":
@@ -299,8 +242,8 @@ def rescaled(
             size = size * lift
             own = [(n, numerics.scale_by(x, aligned(lift, x))) for n, x in own]
         if not groups.joint and not group.members[0].axes:  # a group is one element
-            (((index,), leaf),) = own
-            flat[groups.places[index]] = numerics.resized(leaf, size, target)
+            for (index,), leaf in own:
+                flat[groups.places[index]] = numerics.resized(leaf, size, target)
             continue
         ratio = numerics.factor(size, target)
         for indices, leaf in own:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optclip._core import meshes, numerics, small_leaves, three_sums
-from optclip._core.groups import Apart, Arrays, Group, Groups, aligned, by_block
+from optclip._core import meshes, numerics, small_leaves, stacks, three_sums
+from optclip._core.grouped import Apart, Arrays, Group, Groups
+from optclip._core.groups import aligned, by_block
 from optclip._core.measures import ANY, MAX, Combine, Measure, joined, l2, max_abs
 
 
@@ -40,6 +41,10 @@ def summed_sizes(
     """
     in_one = scales is None and numerics.backend() == "gpu"
     in_one = in_one and _fits_one_pass(groups, leaves, measure)
+    alike = None if groups.joint or in_one else stacks.of(groups, leaves)
+    if alike is not None:
+        scales = scales and alike.stack(scales)
+        return alike.apart(summed_sizes(alike.groups, alike.leaves, measure, scales))
     if in_one and measure.power != 2:
         in_one = False
         largest = summed_sizes(groups, leaves, max_abs)
@@ -47,19 +52,18 @@ def summed_sizes(
         scales = list(map(_largest, unknown, _edges(groups, measure), largest))
     each = groups.groups if apart is None else apart.groups
     owners = range(len(each)) if apart is None else apart.owners
+    how, kind = (measure.map, measure.combine), (not groups.joint, groups.dtype)
     by_mesh: dict[meshes.MeshAxes, dict[tuple[int, int], Arrays]] = {}
     for number, group in enumerate(each):
         scale = None if scales is None else scales[owners[number]]
-        if in_one:
-            found = three_sums.of_group(group, leaves, groups)
-        else:
-            found = []
-            for index, axes, mesh in group.members:
-                leaf = leaves[index]
-                own = scale  # of a unit's shape where it is no scalar
-                own = aligned(own, leaf) if own is not None and own.ndim else own
-                how = measure.map, measure.combine, axes, not groups.joint, groups.dtype
-                found.append((mesh, [_reduced(leaf, own, *how)]))
+        found = (
+            three_sums.of_group(group, leaves, groups)
+            if in_one
+            else [
+                (mesh, [_reduced(leaves[index], scale, *how, axes, *kind)])
+                for index, axes, mesh in group.members
+            ]
+        )
         for mesh, sums in found:
             of_mesh = by_mesh.setdefault(mesh, {})
             for place, total in enumerate(sums):
@@ -236,7 +240,8 @@ def _reduced(
         x = numerics.for_measuring(x, wide)
     else:
         # Together: a barrier on x alone would let XLA widen and scale it once more.
-        x, barred = jax.lax.optimization_barrier((x, scale))
+        spread = aligned(scale, x) if scale.ndim else scale  # a unit's has its shape
+        x, barred = jax.lax.optimization_barrier((x, spread))
         x = numerics.at_scale(numerics.widen(x, wide), barred)
     summands = summand_of(x)
     if not axes:

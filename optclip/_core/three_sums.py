@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optclip._core import meshes, numerics, small_leaves
-from optclip._core.groups import Arrays, Group, Groups
+from optclip._core.grouped import Arrays, Group, Groups
 from optclip._core.measures import Measure
 
 ROW = 256  # elements that are summed before they meet those of other leaves
@@ -133,7 +133,7 @@ def sizes(
     Those of joint groups, and of vectors of leaves, are computed side by side: apart,
     XLA:GPU would take a kernel for each.
     """
-    if not joint:
+    if not joint or not totals:
         each = zip(totals, edges, counts, strict=True)
         return [_size(own, edge, measure.finalize, n) for own, edge, n in each]
     lengths = [own[0].size for own in totals]
@@ -161,4 +161,5 @@ def _size(
         numerics.at_scale(finalize(total, count), jnp.asarray(1 / scale, total.dtype))
         for total, scale in zip(totals, scales(totals[0].dtype), strict=True)
     )
+    down = jnp.where(jnp.isnan(plain), plain, down)  # XLA:CPU's minimum may lose a NaN
     return jnp.where(jnp.isfinite(plain), jnp.where(plain < edge, up, plain), down)

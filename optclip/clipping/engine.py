@@ -22,10 +22,9 @@ import numpy as np
 import optax
 
 from optclip._core import checks, meshes, metrics
+from optclip._core.grouped import Arrays, Groups
 from optclip._core.groupings import Grouping, per_leaf, whole
 from optclip._core.groups import (
-    Arrays,
-    Groups,
     apart,
     by_block,
     by_group,

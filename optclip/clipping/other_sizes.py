@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from optclip._core import checks, meshes, numerics, paths
+from optclip._core.grouped import Arrays, Groups
 from optclip._core.groupings import Grouping
-from optclip._core.groups import Arrays, Groups, by_block, by_group, gather
+from optclip._core.groups import by_block, by_group, gather
 from optclip._core.measures import MAX, Combine, Measure, joined
 from optclip._core.public import error
 from optclip._core.rounding import power_of_two

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from optclip._core import checks, paths
+from optclip._core.grouped import Groups
 from optclip._core.groupings import Grouping
-from optclip._core.groups import Groups
 from optclip._core.measures import Measure
 from optclip._core.metrics import ClipMetrics
 from optclip._core.public import error

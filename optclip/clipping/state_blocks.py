@@ -20,7 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optclip._core import paths
-from optclip._core.groups import Groups
+from optclip._core.grouped import Groups
 from optclip._core.public import error
 from optclip._core.types import Shape, Tree
 from optclip.clipping.thresholds import Observation, Threshold

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optclip._core import checks, groups, meshes, paths
+from optclip._core.grouped import Groups
 from optclip._core.groupings import Grouping, per_leaf, whole
 from optclip._core.measures import Measure, l2
 from optclip._core.public import error, public
@@ -108,6 +109,6 @@ def _largest(named: dict[str, jax.Array], top: int) -> dict[str, jax.Array]:
 
 def _sizes(
     tree: Tree, measure: Measure, grouping: Grouping, axis_name: AxisName
-) -> tuple[groups.Groups, list[jax.Array]]:
+) -> tuple[Groups, list[jax.Array]]:
     known, leaves = groups.gather(tree, grouping, meshes.axes_of(axis_name))
     return known, sizes_of(known, leaves, measure)

@@ -1,5 +1,7 @@
 """Small leaves as one vector, as a GPU gets them, on the platform that is here."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,18 +91,21 @@ RULES = {
 }
 
 
+@pytest.mark.parametrize("only_vectors", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_metrics_of_many_blocks(rule, monkeypatch):
-    """They, the updates and what is learned are those of blocks that stay apart."""
+def test_many_blocks(rule, only_vectors, monkeypatch):
+    """Updates, metrics and what is learned are those of blocks that stay apart."""
     tx = untyped(RULES[rule])
-    tree = [x for x in tree_of() if x.dtype != jnp.bfloat16]
-    trees = [tree, [x * 3 for x in tree], [x * jnp.asarray(0, x.dtype) for x in tree]]
-    trees.append([*tree[:2], tree[2] * jnp.nan, *tree[3:]])
+    tree = [x for x in tree_of() if x.dtype == jnp.float32]
+    tree = [x for x in tree if x.ndim == 1] if only_vectors else tree
+    steps = [[x * scale for x in tree] for scale in (1, 3, 0, 1e25)]
+    steps.append([*tree[:1], tree[1] * 1e25, *tree[2:]])
+    steps.append([*tree[:1], tree[1] * jnp.nan, *tree[2:]])
 
     def run(backend):
         monkeypatch.setattr(numerics, "backend", lambda: backend)
         update, state, found = jax.jit(lambda *a: tx.update(*a)), tx.init(tree), []
-        for updates in trees:
+        for updates in steps:
             out, state = update(updates, state, tree)
             found.append((out, state))
         return found
@@ -119,15 +124,28 @@ def test_reductions(devices, reductions, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rule", "reductions"),
-    [("leaves", 302), ("units", 203), ("elements", 1), ("learning", 302)],
+    [("leaves", 302), ("units", 7), ("elements", 1), ("learning", 302)],
 )
 def test_reductions_of_many_groups(rule, reductions):
     """What a leaf needs, and for all groups one each of metrics and doubts of a tree.
 
-    Leaves are summed at three scales, whose rows meet in one more, units of gradients
-    and of parameters at one.
+    Leaves are summed at three scales, whose rows meet in one more. Units are summed in
+    two stacks of leaves, those of the gradients and those of the parameters.
     """
     assert reductions_of(RULES[rule]) == reductions
+
+
+def test_stacks_keep_what_is_not_scaled():
+    """Leaves that are measured only, beside leaves alike that are scaled."""
+    units = dataclasses.replace(
+        groupings.per_unit(), applied=lambda path, leaf: path != "b"
+    )
+    tx = untyped(optclip.clip_by(1.0, grouping=units))
+    tree = {name: jnp.full((2, 3), 2.0) for name in "abc"}
+    out, _ = tx.update(tree, tx.init(tree))
+    np.testing.assert_array_equal(out["b"], tree["b"])
+    for name in "ac":
+        np.testing.assert_allclose(out[name], np.sqrt(0.5), rtol=1e-6)
 
 
 def reductions_of(tx) -> int:

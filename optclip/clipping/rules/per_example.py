@@ -34,6 +34,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optclip._core import checks, groups, meshes, numerics, paths
+from optclip._core.grouped import Groups
 from optclip._core.groupings import per_example
 from optclip._core.measures import l2
 from optclip._core.public import error, public
@@ -182,7 +183,7 @@ def _as_floats(grads: optax.Updates) -> optax.Updates:
 
 def _gather(
     grads: optax.Updates, axis_name: AxisName
-) -> tuple[groups.Groups, list[jax.Array]]:
+) -> tuple[Groups, list[jax.Array]]:
     return groups.gather(grads, per_example(), meshes.axes_of(axis_name))
 
 

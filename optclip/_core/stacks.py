@@ -1,0 +1,113 @@
+"""Small leaves alike, whose groups are units, as one leaf, for programs for a GPU.
+
+    (768,), (768,), (64, 8), ...  ──of──▶  (2, 768), (64, 8), ...
+
+Nothing joins the units of two leaves: each keeps its size and its factor. But leaves of
+one shape that lie one behind the other are measured in one kernel and scaled in one,
+and to start a kernel for a small leaf keeps the host for longer than the device needs.
+Where there are more devices than one, and on CPU, leaves stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip._core import numerics, small_leaves
+from optclip._core.grouped import Groups
+
+
+class Stacks(NamedTuple):
+    """Leaves that were put together, and how.
+
+    Attributes:
+      groups: those of the stacked leaves.
+      leaves: the stacked leaves, one a group.
+      owners: for each of them the numbers of the groups that it is made of.
+    """
+
+    groups: Groups
+    leaves: list[jax.Array]
+    owners: list[list[int]]
+
+    def stack(self, of_groups: Sequence[jax.Array]) -> list[jax.Array]:
+        """One array a stack, from one a group that broadcasts to its shape."""
+        found = []
+        for group, own in zip(self.groups.groups, self.owners, strict=True):
+            each = [of_groups[n] for n in own]
+            if len(own) > 1:
+                each = [jnp.broadcast_to(x, group.shape[1:]) for x in each]
+            found.append(_stacked(each))
+        return found
+
+    def apart(self, of_stacks: Sequence[jax.Array]) -> list[jax.Array]:
+        """One array a group, from one a stack."""
+        found: dict[int, jax.Array] = {}
+        for own, x in zip(self.owners, of_stacks, strict=True):
+            found |= dict(zip(own, x if len(own) > 1 else [x], strict=True))
+        return [found[n] for n in range(len(found))]
+
+    def parts(self, scaled: list[jax.Array], kept: list[jax.Array]) -> list[jax.Array]:
+        """The leaves, from scaled stacks and which groups are what they were.
+
+        XLA:GPU makes one kernel of all slices of a choice, but one each of slices of an
+        array that is there. Hence the second choice.
+        """
+        found = list(scaled)
+        for n, own in enumerate(self.owners):
+            if len(own) > 1:
+                x = jax.lax.optimization_barrier(scaled[n])
+                found[n] = numerics.choose(kept[n], self.leaves[n], x)
+        return self.apart(found)
+
+
+def of(groups: Groups, leaves: list[jax.Array]) -> Stacks | None:
+    """The stacks of leaves whose groups are units; None where nothing is stacked."""
+    if numerics.backend() != "gpu":
+        return None
+    alike: dict[object, list[int]] = {}
+    for n, group in enumerate(groups.groups):
+        ((index, axes, _),) = group.members
+        leaf, key = leaves[index], n
+        if (
+            axes
+            and leaf.size <= small_leaves.SMALL
+            and small_leaves.on_one_device(leaf)
+        ):
+            key = leaf.shape, leaf.dtype, axes, bool(group.scaled)
+        alike.setdefault(key, []).append(n)
+    most = small_leaves.MOST
+    owners = [
+        own[start : start + most]
+        for own in alike.values()
+        for start in range(0, len(own), most)
+    ]
+    if len(owners) == len(groups.groups):
+        return None
+
+    together, stacked = [], []
+    for number, own in enumerate(owners):
+        group = groups.groups[own[0]]
+        (member,) = group.members
+        axes, shape = member.axes, group.shape
+        if len(own) > 1:
+            axes, shape = tuple(axis + 1 for axis in axes), (len(own), *shape)
+        stacked.append(
+            _stacked([leaves[groups.groups[n].members[0].index] for n in own])
+        )
+        member = member._replace(index=number, axes=axes)
+        scaled = (number,) if group.scaled else ()
+        together.append(group._replace(members=(member,), shape=shape, scaled=scaled))
+    places = tuple(range(len(owners)))
+    groups = groups._replace(groups=tuple(together), places=places)
+    return Stacks(groups, stacked, owners)
+
+
+def _stacked(arrays: list[jax.Array]) -> jax.Array:
+    if len(arrays) == 1:
+        return arrays[0]
+    # Without a barrier XLA would undo this, and slice the arrays instead.
+    return jax.lax.optimization_barrier(jnp.stack(arrays))
