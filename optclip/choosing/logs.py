@@ -4,6 +4,7 @@
 |---|---|
 | CSV, TSV | lines under a header, as W&B exports them: `run - grad_norm` |
 | CSV with `key` and `value` | one metric a row, as MLflow exports them |
+| `History.to_csv`, logged `metrics` | column `size`, beside a column `limit` |
 | JSONL | one object a line; inner objects have names joined by "/" |
 | JSON | a list of objects or numbers, or `log_history` of a `trainer_state.json` |
 | a bare column | one number a line |
@@ -26,6 +27,7 @@ from optclip._core.public import error
 from optclip._core.types import Tree
 
 NORM = re.compile(r"grad(ient)?s?[ _./-]*(global[ _./-]*)?norm|gnorm|global_norm", re.I)
+SIZE = re.compile(r"(^|/| - )size$")
 STEPS = ("step", "_step", "global_step", "trainer/global_step")
 BARE, HEAD = "the only column", 1000
 Row = dict[str, Any]
@@ -48,7 +50,8 @@ def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     rows = _rows(lines)
     head = list(itertools.islice(rows, HEAD))
     names = _names(head)
-    if wanted not in names and (wanted or not any(map(NORM.search, names))):
+    known = any(NORM.search(name) or SIZE.search(name) for name in names)
+    if wanted not in names and (wanted or not known):
         head += rows  # it may begin later
         names = _names(head)
     name = _found(names, wanted)
@@ -91,8 +94,9 @@ def _found(names: list[str], wanted: str | None) -> str:
     # W&B puts the extremes of what it drew as one point beside each column.
     like = [n for n in names if NORM.search(n) and not n.endswith(("__MIN", "__MAX"))]
     exact = [n for n in like if re.split(r"/| - ", n)[-1] == "grad_norm"]
+    own = [n for n in names if SIZE.search(n) and f"{n[:-4]}limit" in names]
     others = [n for n in names if n.lower() not in STEPS]
-    for some in (exact, like, others):
+    for some in (exact, like, own, others):
         if len(some) == 1:
             return some[0]
         if some:

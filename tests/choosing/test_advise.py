@@ -54,9 +54,19 @@ LOGS = {
         ),
         "train/grad_norm",
     ),
-    "optclip's metrics": (
-        "\n".join(json.dumps({"0/size": x, "0/grad_norm": x}) for x in NORMS),
+    "metrics beside the norm": (
+        "\n".join(
+            json.dumps({"0/size": 2 * x, "0/limit": 1, "0/grad_norm": x}) for x in NORMS
+        ),
         "0/grad_norm",
+    ),
+    "metrics": (
+        csv_of("Step,run - clip/limit,run - clip/size", "{0},1,{1}"),
+        "run - clip/size",
+    ),
+    "History.to_csv": (
+        csv_of("step,size,limit,clipped,size/a,ratio/a", "{0},{1},1,0,3,4"),
+        "size",
     ),
     "trainer_state.json": (
         json.dumps(
@@ -185,6 +195,11 @@ def test_the_console_script_is_declared():
     [
         ("a,b\n1,2\n", ["--column", "c"], "column must be one of 'a', 'b', got 'c'"),
         ("a,b\n1,2\n", [], "column must be named .* got None among 'a', 'b'"),
+        (
+            "a/size,a/limit,b/size,b/limit\n1,2,3,4\n",
+            [],
+            "column must be named .* got None among 'a/size'",
+        ),
         ("\n".join(map(str, NORMS[:49])), [], "at least 50 steps, got 49"),
         ("nan\n" * 60, [], "must have finite numbers, got none in 60 steps"),
         ("0\n" * 60, [], "10 of them finite and above 0, got 60 and 0"),
