@@ -265,7 +265,8 @@ def bound_array(
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         own = value.dtype if floating else jax.dtypes.canonicalize_dtype(np.float64)
         value = value.astype(np.promote_types(own, np.float32))
-        return jnp.maximum(value, 0) if check is checks.non_negative else value
+        signed = check not in (checks.non_negative, checks.positive)
+        return value if signed else jnp.maximum(value, 0)
     if isinstance(value, (np.ndarray, np.generic)):
         if jnp.issubdtype(value.dtype, jnp.floating):  # also types that NumPy lacks
             value = np.asarray(value, np.float64)

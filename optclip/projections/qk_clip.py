@@ -184,7 +184,8 @@ def _factors(
     own = jnp.where(over, tau / jnp.where(over, largest, 1), 1)
     groups = own.reshape(*own.shape[:-1], key_heads, heads // key_heads)
     of_key = jnp.sqrt(jnp.min(groups, axis=-1))
-    of_query = own / jnp.repeat(of_key, heads // key_heads, axis=-1)
+    shared = jnp.repeat(of_key, heads // key_heads, axis=-1)
+    of_query = own / jnp.where(shared == 0, 1, shared)
     return {
         f"{inside}{name}/{leaf}": factor
         for name, factor in (("query", of_query), ("key", of_key))

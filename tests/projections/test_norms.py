@@ -138,12 +138,15 @@ def test_a_range_without_width_is_hit_and_not_passed():
         sets.norm_sphere,
         sets.linf_ball,
         sets.l1_ball,
+        sets.simplex,
+        sets.spectral_ball,
         lambda most: sets.norm_range(0.0, most),
     ],
-    ids=["l2_ball", "max_norm", "norm_sphere", "linf_ball", "l1_ball", "norm_range"],
+    ids="l2_ball max_norm norm_sphere linf_ball l1_ball simplex spectral_ball "
+    "norm_range".split(),
 )
 def test_an_array_below_zero_counts_as_zero(make):
     """A JAX array is not checked for its sign, and a schedule may end below zero."""
-    x = jnp.array([3.0, 4.0])
+    x = jnp.array([[3.0, 4.0], [-1.0, 2.0]])
     for radius in (-1e-9, -1.0):
         assert not optclip.project_params(x, make(jnp.float32(radius))).any()

@@ -256,6 +256,19 @@ def test_logits_that_are_not_finite_change_nothing():
         np.testing.assert_array_equal(one, other)
 
 
+def test_an_array_below_zero_counts_as_zero():
+    """Then no logit is above 0: heads above it are zero, others keep their bits."""
+    params = plain()
+    for tau in (0.0, -1.0):
+        after = clipped(params, {"mha": jnp.array([3.0, -2.0])}, jnp.float32(tau))
+        for name in ("query", "key"):
+            kernel = after["mha"][name]["kernel"]
+            assert not kernel[..., 0, :].any()
+            np.testing.assert_array_equal(
+                kernel[..., 1, :], params["mha"][name]["kernel"][..., 1, :]
+            )
+
+
 def test_a_sharp_attention_stays_below_tau():
     """Many steps that push logits up; clipped, they stay at tau."""
     params = {"mha": {**plain()["mha"]}}
