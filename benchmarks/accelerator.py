@@ -273,7 +273,8 @@ def adamw(shape_set: str, dtype: str, scale: float) -> dict[str, Racer]:
     for how in ("foreach", "fused"):
         if how == "fused" and not _torch_waits():
             continue
-        stepper = torch.optim.AdamW(weights, lr=1e-3, **{how: True})
+        foreach, fused = how == "foreach", how == "fused"
+        stepper = torch.optim.AdamW(weights, lr=1e-3, foreach=foreach, fused=fused)
 
         def clipped(stepper: Any = stepper) -> None:
             torch.nn.utils.clip_grad_norm_(weights, 0.5, foreach=True)

@@ -122,10 +122,11 @@ def keras_constraint(name: str) -> Callable[[Tree], Tree]:
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras  # pyright: ignore[reportMissingImports] (in the extra "bench")
 
+    constraints: Any = keras.constraints  # its types know integers only
     if name == "max_norm":
-        make = functools.partial(keras.constraints.MaxNorm, RADIUS)
+        make = functools.partial(constraints.MaxNorm, RADIUS)
     else:
-        make = keras.constraints.UnitNorm
+        make = constraints.UnitNorm
     return lambda params: {
         path: make(axis=unit_axis(path))(x) for path, x in params.items()
     }
