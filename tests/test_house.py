@@ -312,7 +312,7 @@ def test_lowerings_are_noticed():
 @pytest.mark.parametrize(
     ("rule", "times"),
     [
-        ("clip_by_global_norm", 1.0),
+        ("clip_by_global_norm", 1.15),  # 22 to 22; with the oldest releases 21 to 19
         ("clip_by_block_rms", 1.7),
         ("adaptive_grad_clip", 1.1),
     ],
@@ -383,7 +383,7 @@ def test_code_lines_counts_code():
 
 def test_the_library_grows_only_on_purpose():
     """Without blank lines, comments and docstrings; smaller is better."""
-    assert sum(map(code_lines, sources().values())) <= 9075
+    assert sum(map(code_lines, sources().values())) <= 9080
 
 
 def names_any(annotation: ast.expr | None) -> bool:

@@ -1,4 +1,4 @@
-"""What a tree is to a rule: its groups, as numbers of leaves and of their axes."""
+"""How the leaves of a tree fall into groups, by their numbers; no arrays."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class Groups(NamedTuple):
       partial: in that case, whether leaves are masked or not measured.
       joint: whether all groups form one block.
       dtype: that of sizes: float32, or float64 if there are float64 leaves.
+      stacked: whether they are those of `stacks`.
     """
 
     groups: tuple[Group, ...]
@@ -56,6 +57,7 @@ class Groups(NamedTuple):
     partial: bool
     joint: bool
     dtype: np.dtype
+    stacked: bool = False
 
     def block_shapes(self) -> list[Shape]:
         """The shape of every block. At least one joint group exists."""

@@ -84,15 +84,16 @@ def summed_sizes(
         [joined(measure.combine, totals[number, place]) for place in places]
         for number in range(len(each))
     ]
-    counts, edges = [group.count for group in groups.groups], _edges(groups, measure)
+    counts = [group.count for group in groups.groups]
+    edges = _edges(groups, measure) if in_one else []
     if apart is not None:
         whole = _with_leaves(groups, apart, measure, whole)
         counts.append(1)
-        edges.append(max(_edges(groups._replace(groups=each), measure)))
+        edges += [max(_edges(groups._replace(groups=each), measure))] if in_one else []
         own = [] if scales is None else [scales[n] for n in owners]
         scales = None if scales is None else [*scales, jnp.stack(own)]
     if in_one:
-        return three_sums.sizes(measure, whole, counts, edges, groups.joint)
+        return three_sums.sizes(measure, whole, counts, edges)
     own = scales or [None] * len(whole)
     each = zip(whole, own, counts, strict=True)
     return [_size(*sums, scale, measure.finalize, count) for sums, scale, count in each]
@@ -124,8 +125,11 @@ def _fits_one_pass(groups: Groups, leaves: Arrays, measure: Measure) -> bool:
     XLA:GPU writes the squares of all scales but one to memory where it sums columns.
     """
     members = [member for group in groups.groups for member in group.members]
-    whole = (len(m.axes) in (0, jnp.ndim(leaves[m.index])) for m in members)
-    return measure.power is not None and all(whole)
+    fitting = (
+        len(m.axes) == leaves[m.index].ndim or (not m.axes and not groups.joint)
+        for m in members
+    )
+    return measure.power is not None and all(fitting)
 
 
 class Rough(NamedTuple):
@@ -304,8 +308,7 @@ def _size(
 
 def _edges(groups: Groups, measure: Measure) -> list[float]:
     """The size of every group below which its summands may have vanished."""
-    if measure.power is None:  # a maximum loses nothing
-        return [0.0] * len(groups.groups)
+    assert measure.power is not None
     tiny = numerics.RANGES[groups.dtype].tiny
     counts = [group.count if measure.averages else 1 for group in groups.groups]
     return [(tiny / max(count, 1)) ** (1 / measure.power) for count in counts]

@@ -5,10 +5,10 @@
 
 To start a kernel for a leaf of 256 KB keeps the host for longer than the device needs
 to copy it. A vector is summed in one kernel, and XLA:GPU scales the leaves of one shape
-that are slices of one vector in one kernel too. What all groups are asked together, for
-metrics and doubts, takes one reduction instead of one for each block. Where there are
-more devices than one, arrays stay what they are, for XLA would gather what a vector is
-made of; and on CPU, where a kernel costs next to nothing.
+that are slices of one vector in one kernel too. Metrics and
+range checks over all groups take one reduction instead of one for each block. Where
+there are more devices than one, arrays stay what they are, for XLA would gather what a
+vector is made of; and on CPU, where a kernel costs next to nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST = 45
 
 
 def on_one_device(leaf: jax.Array) -> bool:
-    """Whether a program for a GPU may rearrange a leaf: nobody has a part of it."""
+    """Whether a program for a GPU may rearrange an array: it is not sharded."""
     if numerics.backend() != "gpu" or numerics.devices() != 1:
         return False
     mesh = jax.typeof(leaf).sharding.mesh

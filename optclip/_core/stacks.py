@@ -1,11 +1,11 @@
-"""Small leaves alike, whose groups are units, as one leaf, for programs for a GPU.
+"""Stacks small leaves of one shape and dtype, for groupings of units on one GPU.
 
     (768,), (768,), (64, 8), ...  ──of──▶  (2, 768), (64, 8), ...
 
-Nothing joins the units of two leaves: each keeps its size and its factor. But leaves of
-one shape that lie one behind the other are measured in one kernel and scaled in one,
-and to start a kernel for a small leaf keeps the host for longer than the device needs.
-Where there are more devices than one, and on CPU, leaves stay what they are.
+Units of different leaves stay separate: each has its own size and factor. But a stack
+is measured in one kernel and scaled in one, and to launch a kernel for a small leaf
+costs more than the work in it. Where there are more devices than one, and on CPU,
+leaves stay what they are.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Stacks(NamedTuple):
         return found
 
     def apart(self, of_stacks: Sequence[jax.Array]) -> list[jax.Array]:
-        """One array a group, from one a stack."""
+        """Splits arrays of stacks back into one array a group."""
         found: dict[int, jax.Array] = {}
         for own, x in zip(self.owners, of_stacks, strict=True):
             found |= dict(zip(own, x if len(own) > 1 else [x], strict=True))
         return [found[n] for n in range(len(found))]
 
     def parts(self, scaled: list[jax.Array], kept: list[jax.Array]) -> list[jax.Array]:
-        """The leaves, from scaled stacks and which groups are what they were.
+        """The leaves, from scaled stacks and which groups are unchanged.
 
         XLA:GPU makes one kernel of all slices of a choice, but one each of slices of an
         array that is there. Hence the second choice.
@@ -66,17 +66,14 @@ class Stacks(NamedTuple):
 
 def of(groups: Groups, leaves: list[jax.Array]) -> Stacks | None:
     """The stacks of leaves whose groups are units; None where nothing is stacked."""
-    if numerics.backend() != "gpu":
+    if groups.stacked or numerics.backend() != "gpu":
         return None
     alike: dict[object, list[int]] = {}
     for n, group in enumerate(groups.groups):
-        ((index, axes, _),) = group.members
+        ((index, axes, mesh),) = group.members
         leaf, key = leaves[index], n
-        if (
-            axes
-            and leaf.size <= small_leaves.SMALL
-            and small_leaves.on_one_device(leaf)
-        ):
+        small = axes and not mesh and leaf.size <= small_leaves.SMALL
+        if small and small_leaves.on_one_device(leaf):
             key = leaf.shape, leaf.dtype, axes, bool(group.scaled)
         alike.setdefault(key, []).append(n)
     most = small_leaves.MOST
@@ -102,7 +99,7 @@ def of(groups: Groups, leaves: list[jax.Array]) -> Stacks | None:
         scaled = (number,) if group.scaled else ()
         together.append(group._replace(members=(member,), shape=shape, scaled=scaled))
     places = tuple(range(len(owners)))
-    groups = groups._replace(groups=tuple(together), places=places)
+    groups = groups._replace(groups=tuple(together), places=places, stacked=True)
     return Stacks(groups, stacked, owners)
 
 

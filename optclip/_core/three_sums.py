@@ -22,7 +22,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from optclip._core import meshes, numerics, small_leaves
 from optclip._core.grouped import Arrays, Group, Groups
@@ -78,19 +77,21 @@ def _in_rows(
     return found
 
 
+@jax.jit  # one program in eager use
 def totals_of_rows(parts: list[Arrays]) -> Arrays:
     """The total of each list of sums of rows; those of one length in one kernel."""
-    flat = [jnp.concatenate([x.reshape(-1) for x in own]) for own in parts]
-    by_length: dict[int, list[int]] = {}
-    for number, rows in enumerate(flat):
-        by_length.setdefault(rows.size, []).append(number)
     found: dict[int, jax.Array] = {}
-    for length, numbers in by_length.items():
-        rows = jnp.stack([flat[number] for number in numbers])
-        if length > 1:
-            # Without a barrier XLA would sum the rows of every leaf by themselves.
-            rows = jax.lax.optimization_barrier(rows)
-        found |= dict(zip(numbers, jnp.sum(rows, axis=1), strict=True))
+    alike: dict[object, dict[int, jax.Array]] = {}
+    for number, own in enumerate(parts):
+        if len(own) == 1 and own[0].ndim == 0:
+            found[number] = own[0]
+            continue
+        rows = jnp.concatenate([x.reshape(-1) for x in own])
+        alike.setdefault((rows.size, meshes.varying_axes(rows)), {})[number] = rows
+    for each in alike.values():
+        # Without a barrier XLA would sum the rows of every leaf by themselves.
+        rows = jax.lax.optimization_barrier(jnp.stack(list(each.values())))
+        found |= zip(each, jnp.sum(rows, axis=1), strict=True)
     return [found[number] for number in range(len(parts))]
 
 
@@ -122,44 +123,40 @@ def sums_of_squares(
 
 
 def sizes(
-    measure: Measure,
-    totals: list[Arrays],
-    counts: list[int],
-    edges: list[float],
-    joint: bool,
+    measure: Measure, totals: list[Arrays], counts: list[int], edges: list[float]
 ) -> Arrays:
     """The sizes of groups from their three sums, the first of which holds above edge.
 
-    Those of joint groups, and of vectors of leaves, are computed side by side: apart,
-    XLA:GPU would take a kernel for each.
+    On one device those of as many elements are computed side by side: apart, XLA:GPU
+    would take a kernel for each.
     """
-    if not joint or not totals:
-        each = zip(totals, edges, counts, strict=True)
-        return [_size(own, edge, measure.finalize, n) for own, edge, n in each]
-    lengths = [own[0].size for own in totals]
-    sums = [
-        jnp.concatenate([x.reshape(-1) for x in xs]) for xs in zip(*totals, strict=True)
-    ]
-    if measure.averages:  # `finalize` takes one count, not one for each group
-        sums = [
-            total / np.repeat(counts, lengths).astype(total.dtype) for total in sums
-        ]
-    edge = np.repeat(edges, lengths).astype(sums[0].dtype)
-    parts = jnp.split(_size(sums, edge, measure.finalize, 1), np.cumsum(lengths)[:-1])
-    return [x.reshape(own[0].shape) for x, own in zip(parts, totals, strict=True)]
+    alike: dict[object, list[int]] = {}
+    for n, (own, *key) in enumerate(zip(totals, counts, edges, strict=True)):
+        together = own[0].ndim == 0 and small_leaves.on_one_device(own[0])
+        alike.setdefault(tuple(key) if together else n, []).append(n)
+    found: dict[int, jax.Array] = {}
+    for numbers in alike.values():
+        first = numbers[0]
+        how = measure.finalize, counts[first], edges[first]
+        found |= zip(numbers, _sizes([totals[n] for n in numbers], *how), strict=True)
+    return [found[n] for n in range(len(totals))]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _size(
-    totals: Arrays,
-    edge: ArrayLike,
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _sizes(
+    totals: list[Arrays],
     finalize: Callable[[jax.Array, float], jax.Array],
     count: int,
-) -> jax.Array:
-    """The same for one array of groups that share a count."""
+    edge: float,
+) -> Arrays:
+    """The sizes of groups of one count."""
+    each = totals[0]
+    if len(totals) > 1:
+        each = [jnp.stack(own) for own in zip(*totals, strict=True)]
     plain, up, down = (
         numerics.at_scale(finalize(total, count), jnp.asarray(1 / scale, total.dtype))
-        for total, scale in zip(totals, scales(totals[0].dtype), strict=True)
+        for total, scale in zip(each, scales(each[0].dtype), strict=True)
     )
     down = jnp.where(jnp.isnan(plain), plain, down)  # XLA:CPU's minimum may lose a NaN
-    return jnp.where(jnp.isfinite(plain), jnp.where(plain < edge, up, plain), down)
+    size = jnp.where(jnp.isfinite(plain), jnp.where(plain < edge, up, plain), down)
+    return list(size) if len(totals) > 1 else [size]

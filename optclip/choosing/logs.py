@@ -4,7 +4,8 @@
 |---|---|
 | CSV, TSV | lines under a header, as W&B exports them: `run - grad_norm` |
 | CSV with `key` and `value` | one metric a row, as MLflow exports them |
-| `History.to_csv`, logged `metrics` | column `size`, beside a column `limit` |
+| CSV of `History.to_csv` | its column `size` |
+| any with what `optclip.metrics` gives | `size`, beside `limit` or `clipped_fraction` |
 | JSONL | one object a line; inner objects have names joined by "/" |
 | JSON | a list of objects or numbers, or `log_history` of a `trainer_state.json` |
 | a bare column | one number a line |
@@ -28,6 +29,7 @@ from optclip._core.types import Tree
 
 NORM = re.compile(r"grad(ient)?s?[ _./-]*(global[ _./-]*)?norm|gnorm|global_norm", re.I)
 SIZE = re.compile(r"(^|/| - )size$")
+HISTORY = ["step", "size", "limit", "clipped"]  # and more, of `History.to_csv`
 STEPS = ("step", "_step", "global_step", "trainer/global_step")
 BARE, HEAD = "the only column", 1000
 Row = dict[str, Any]
@@ -50,7 +52,7 @@ def read_column(lines: Iterable[str], wanted: str | None = None) -> Column:
     rows = _rows(lines)
     head = list(itertools.islice(rows, HEAD))
     names = _names(head)
-    known = any(NORM.search(name) or SIZE.search(name) for name in names)
+    known = any(map(NORM.search, names)) or _of_metrics(names)
     if wanted not in names and (wanted or not known):
         head += rows  # it may begin later
         names = _names(head)
@@ -94,9 +96,9 @@ def _found(names: list[str], wanted: str | None) -> str:
     # W&B puts the extremes of what it drew as one point beside each column.
     like = [n for n in names if NORM.search(n) and not n.endswith(("__MIN", "__MAX"))]
     exact = [n for n in like if re.split(r"/| - ", n)[-1] == "grad_norm"]
-    own = [n for n in names if SIZE.search(n) and f"{n[:-4]}limit" in names]
     others = [n for n in names if n.lower() not in STEPS]
-    for some in (exact, like, own, others):
+    past = ["size"] if names[: len(HISTORY)] == HISTORY else []
+    for some in (past, exact, like, _of_metrics(names), others):
         if len(some) == 1:
             return some[0]
         if some:
@@ -105,6 +107,13 @@ def _found(names: list[str], wanted: str | None) -> str:
         f"column must be named where none or several look like a gradient norm, got "
         f"None among {listed}."
     )
+
+
+def _of_metrics(names: list[str]) -> list[str]:
+    """The columns `size` of `optclip.metrics`, which has more of the same stem."""
+    sizes = [name for name in names if SIZE.search(name)]
+    beside = ("limit", "clipped_fraction")
+    return [n for n in sizes if any(f"{n[:-4]}{other}" in names for other in beside)]
 
 
 def _number(cell: object, name: str, row: int) -> float:

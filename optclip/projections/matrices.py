@@ -89,7 +89,8 @@ def spectral_ball(
     most 12 + 6√n units in the last place inside, for n rows or columns up to 1024; in
     float16 and bfloat16, where rounding the elements moves σ_max too, 2 units of theirs
     more, which they may rarely exceed. Derivatives are finite at repeated singular
-    values and at zero. NaN or infinity makes its matrix NaN.
+    values and at zero. NaN or infinity makes its matrix NaN. A JAX array is not
+    checked: a radius below 0 counts as 0.
 
     Raises:
       ValueError: if radius is not positive, or iterations not a positive integer; at

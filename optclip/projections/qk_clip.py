@@ -71,7 +71,8 @@ def qk_clip(tau: ArrayLike = 100.0) -> optax.GradientTransformationExtraArgs:
 
     Edge cases: kernels (…, features, heads, head_dim) and biases of the projections
     `query` and `key` are scaled. A logit that is not finite changes nothing. Heads
-    within tau keep the bits of their updates.
+    within tau keep the bits of their updates. A JAX array is not checked: a tau below 0
+    counts as 0.
 
     Raises:
       ValueError: if tau is not positive; at update, if max_logits or params are

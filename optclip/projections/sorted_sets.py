@@ -123,7 +123,8 @@ def simplex(
     XLA moves what it must, in general by gathering.
 
     Edge cases: the sum is right to 4 units in the last place of the leaf's dtype. NaN
-    or infinity makes its whole group NaN.
+    or infinity makes its whole group NaN. A JAX array is not checked: a total below 0
+    counts as 0.
 
     Raises:
       ValueError: if total is not positive, NaN or not a number, or grouping joins

@@ -64,8 +64,12 @@ LOGS = {
         csv_of("Step,run - clip/limit,run - clip/size", "{0},1,{1}"),
         "run - clip/size",
     ),
+    "metrics without a limit": (
+        csv_of("step,size,clipped_fraction,batch/size", "{0},{1},0,32"),
+        "size",
+    ),
     "History.to_csv": (
-        csv_of("step,size,limit,clipped,size/a,ratio/a", "{0},{1},1,0,3,4"),
+        csv_of("step,size,limit,clipped,size/a,size/gnorm/b", "{0},{1},1,0,3,4"),
         "size",
     ),
     "trainer_state.json": (
@@ -267,6 +271,14 @@ def test_a_column_may_begin_after_other_numbers(wanted: str | None):
     rows = [json.dumps({"accuracy": x}) for x in range(1500)]
     rows += [json.dumps({"grad_norm": x}) for x in NORMS]
     assert read_column(rows, wanted).values.tolist() == NORMS
+
+
+def test_a_norm_may_begin_after_another_size():
+    rows = "\n".join(f"32,{x if n >= 1000 else ''}" for n, x in enumerate(NORMS * 20))
+    column = read_column(io.StringIO(f"batch/size,grad_norm\n{rows}\n"))
+    lines = [json.dumps({"batch/size": 32})] * 1001 + [json.dumps({"grad_norm": 2.0})]
+    assert column.name == "grad_norm"
+    assert read_column(io.StringIO("\n".join(lines))).name == "grad_norm"
 
 
 def test_blank_cells_are_steps_without_a_log():
