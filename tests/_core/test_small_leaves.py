@@ -94,8 +94,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("shapes", ["all", "vectors"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "shapes"),
+    [*((rule, "all") for rule in RULES), ("units", "vectors"), ("raising", "vectors")],
+)
 def test_many_blocks(rule, shapes, monkeypatch):
     """Updates, metrics and what is learned are those of blocks that stay apart."""
     tree = tree_of()[:-1]
