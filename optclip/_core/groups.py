@@ -226,7 +226,8 @@ def rescaled(
         own = alike.stack(sizes), alike.stack(targets)
         found = rescaled(alike.groups, alike.leaves, alike.leaves, *own, enlarging)
         kept = [size == target for size, target in zip(*own, strict=True)]
-        for group, leaf in zip(groups.groups, alike.parts(found, kept), strict=True):
+        parts = alike.split_leaves(found, kept)
+        for group, leaf in zip(groups.groups, parts, strict=True):
             flat[groups.places[group.members[0].index]] = leaf
         return jax.tree_util.tree_unflatten(treedef, flat)
     for group, size, target in zip(groups.groups, sizes, targets, strict=True):

@@ -44,7 +44,7 @@ def summed_sizes(
     alike = None if groups.joint or in_one else stacks.of(groups, leaves)
     if alike is not None:
         scales = scales and alike.stack(scales)
-        return alike.apart(summed_sizes(alike.groups, alike.leaves, measure, scales))
+        return alike.split(summed_sizes(alike.groups, alike.leaves, measure, scales))
     if in_one and measure.power != 2:
         in_one = False
         largest = summed_sizes(groups, leaves, max_abs)

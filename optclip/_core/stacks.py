@@ -10,14 +10,13 @@ leaves stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optclip._core import numerics, small_leaves
-from optclip._core.grouped import Groups
+from optclip._core.grouped import Arrays, Groups
 
 
 class Stacks(NamedTuple):
@@ -30,10 +29,10 @@ class Stacks(NamedTuple):
     """
 
     groups: Groups
-    leaves: list[jax.Array]
+    leaves: Arrays
     owners: list[list[int]]
 
-    def stack(self, of_groups: Sequence[jax.Array]) -> list[jax.Array]:
+    def stack(self, of_groups: Arrays) -> Arrays:
         """One array a stack, from one a group that broadcasts to its shape."""
         found = []
         for group, own in zip(self.groups.groups, self.owners, strict=True):
@@ -43,14 +42,14 @@ class Stacks(NamedTuple):
             found.append(_stacked(each))
         return found
 
-    def apart(self, of_stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    def split(self, of_stacks: Arrays) -> Arrays:
         """Splits arrays of stacks back into one array a group."""
         found: dict[int, jax.Array] = {}
         for own, x in zip(self.owners, of_stacks, strict=True):
             found |= dict(zip(own, x if len(own) > 1 else [x], strict=True))
         return [found[n] for n in range(len(found))]
 
-    def parts(self, scaled: list[jax.Array], kept: list[jax.Array]) -> list[jax.Array]:
+    def split_leaves(self, scaled: Arrays, kept: Arrays) -> Arrays:
         """The leaves, from scaled stacks and which groups are unchanged.
 
         XLA:GPU makes one kernel of all slices of a choice, but one each of slices of an
@@ -61,10 +60,10 @@ class Stacks(NamedTuple):
             if len(own) > 1:
                 x = jax.lax.optimization_barrier(scaled[n])
                 found[n] = numerics.choose(kept[n], self.leaves[n], x)
-        return self.apart(found)
+        return self.split(found)
 
 
-def of(groups: Groups, leaves: list[jax.Array]) -> Stacks | None:
+def of(groups: Groups, leaves: Arrays) -> Stacks | None:
     """The stacks of leaves whose groups are units; None where nothing is stacked."""
     if groups.stacked or numerics.backend() != "gpu":
         return None
@@ -103,7 +102,7 @@ def of(groups: Groups, leaves: list[jax.Array]) -> Stacks | None:
     return Stacks(groups, stacked, owners)
 
 
-def _stacked(arrays: list[jax.Array]) -> jax.Array:
+def _stacked(arrays: Arrays) -> jax.Array:
     if len(arrays) == 1:
         return arrays[0]
     # Without a barrier XLA would undo this, and slice the arrays instead.

@@ -59,7 +59,7 @@ def _in_rows(
 ) -> list[tuple[jax.Array, tuple[int, ...], meshes.MeshAxes]]:
     """Whole leaves, the axes to sum over first, and the mesh axes to sum over at last.
 
-    Where nobody has a part of a leaf, small leaves come as one, and the sums of rows of
+    Where no leaf is sharded, small leaves come as one, and the sums of rows of
     larger ones wait for those of the other leaves: XLA:GPU would take a second kernel
     for each leaf and each of the three sums.
     """
