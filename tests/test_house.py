@@ -312,7 +312,7 @@ def test_lowerings_are_noticed():
 @pytest.mark.parametrize(
     ("rule", "times"),
     [
-        ("clip_by_global_norm", 1.15),  # 22 to 22; with the oldest releases 21 to 19
+        ("clip_by_global_norm", 1.0),
         ("clip_by_block_rms", 1.7),
         ("adaptive_grad_clip", 1.1),
     ],
@@ -328,7 +328,8 @@ def test_a_first_eager_update_lowers_few_programs(rule: str, times: float):
         tx.update(params, state, params)
         return len(LOWERED) - before
 
-    assert 0 < programs(optclip) <= times * programs(optax)
+    # 22 is Optax's clip by a global norm with today's releases, 19 with the oldest.
+    assert 0 < programs(optclip) <= max(times * programs(optax), 22)
 
 
 @pytest.mark.parametrize(
