@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from optclip._core import numerics
 from optclip._core.types import Shape
 
+T = TypeVar("T")
 SMALL = 2**16  # elements
 # Leaves in one vector: XLA:GPU gives no kernel more than 96 operands and results.
 MOST = 45
@@ -36,6 +37,11 @@ def on_one_device(leaf: jax.Array) -> bool:
         return False
     mesh = jax.typeof(leaf).sharding.mesh
     return not (mesh.manual_axes or mesh.explicit_axes)
+
+
+def chunks(items: list[T]) -> list[list[T]]:
+    """As many at a time as one kernel takes."""
+    return [items[start : start + MOST] for start in range(0, len(items), MOST)]
 
 
 def vectors(
@@ -51,8 +57,7 @@ def vectors(
             found.append(((index,), leaf))
     for alike in small.values():
         alike.sort(key=lambda index: leaves[index].shape)
-        for start in range(0, len(alike), MOST):
-            own = tuple(alike[start : start + MOST])
+        for own in map(tuple, chunks(alike)):
             vector = leaves[own[0]]
             if len(own) > 1:
                 parts = [leaves[index].reshape(-1) for index in own]
@@ -90,8 +95,8 @@ def in_one_block(
         ]
         # Without barriers XLA would reduce every block by itself again; and with more
         # in one kernel than it takes, it would compute each of them in its own.
-        chunks = [flat[start : start + MOST] for start in range(0, len(flat), MOST)]
-        joined = [jax.lax.optimization_barrier(jnp.concatenate(x)) for x in chunks]
+        whole = map(jnp.concatenate, chunks(flat))
+        joined = list(map(jax.lax.optimization_barrier, whole))
         found.append(
             [jnp.concatenate(joined), *(own[n] for n in numbers if not fits[n])]
         )

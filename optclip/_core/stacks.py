@@ -75,12 +75,7 @@ def of(groups: Groups, leaves: Arrays) -> Stacks | None:
         if small and small_leaves.on_one_device(leaf):
             key = leaf.shape, leaf.dtype, axes, bool(group.scaled)
         alike.setdefault(key, []).append(n)
-    most = small_leaves.MOST
-    owners = [
-        own[start : start + most]
-        for own in alike.values()
-        for start in range(0, len(own), most)
-    ]
+    owners = [own for found in alike.values() for own in small_leaves.chunks(found)]
     if len(owners) == len(groups.groups):
         return None
 

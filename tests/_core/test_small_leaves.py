@@ -124,7 +124,7 @@ def test_many_blocks(rule, shapes, monkeypatch):
         np.testing.assert_allclose(x, y, rtol=rough, atol=1e-6)
 
 
-def test_a_measure_that_counts(monkeypatch):
+def test_a_measure_that_counts():
     """`finalize` is given how many elements a group has, whatever it does with it."""
     root = dataclasses.replace(measures.l2, finalize=lambda total, count: total / count)
     tree = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": 2 * jnp.ones(2)}

@@ -91,8 +91,9 @@ def test_a_shared_buffer_is_noticed():
 
 
 @pytest.mark.parametrize("params", TREES, indirect=True)
-@pytest.mark.parametrize("limit", [1.0, optax.linear_schedule(1.0, 0.1, 9)],
-                         ids=["number", "schedule"])  # fmt: skip
+@pytest.mark.parametrize(
+    "limit", [1.0, optax.linear_schedule(1.0, 0.1, 9)], ids=["number", "schedule"]
+)
 @EVERY
 def test_types_are_fixed_at_init(row, params, limit):
     if row.integers is not True:  # refused, which law 4 tests
